@@ -1,0 +1,334 @@
+"""The base weights: quantise them in place through bitsandbytes, read them back, make them dense.
+
+``bits=4`` is NF4 with double quantisation (blocks of 64), ``bits=8`` bitsandbytes' LLM.int8, ``bits=16``
+leaves the base as it is. Layers and flags are those of transformers' own bitsandbytes integration,
+so that a model quantised here and one loaded in 4-bit by transformers are the same thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import tqdm
+from transformers.utils.quantization_config import QuantizationMethod
+
+BITS = (4, 8, 16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize(
+    model: nn.Module, bits: int = 4, skip_modules: list[str] | None = None, progress: bool = True
+) -> nn.Module:
+    """Quantise every linear layer of a model in place, one matrix at a time.
+
+    Left as they are: embeddings, the output head (``get_output_embeddings()``), linears that share
+    their weight with an embedding, modules that transformers keeps in fp32, and ``skip_modules``.
+    A model that is quantised already is returned unchanged if its bits agree.
+
+    Args:
+        model: any transformers model or ``nn.Module``, in fp32, bf16 or fp16.
+        bits: 4 (NF4, double quantisation), 8 (int8) or 16 (nothing to do).
+        skip_modules: names (or last parts of names) to leave as they are.
+        progress: show a progress bar.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: bits not in (4, 8, 16); the model holds other bits already; a weight on the meta
+            device, with NaN or Inf, or of an unsupported dtype.
+    """
+    if bits not in BITS:
+        raise ValueError(f"bits must be 4 (NF4), 8 (int8) or 16 (base left as it is), got {bits!r}")
+    held = held_bits(model)
+    if held != 16:
+        if bits not in (held, 16):
+            raise ValueError(
+                f"the model is already quantised to {held} bits; bits={bits} would quantise it twice. "
+                f"Pass bits={held}, or load the model without quantization_config."
+            )
+        disable_cpu_repacking(model)
+        return model
+    if bits == 16:
+        return model
+
+    targets, skipped = _partition_linears(model, skip_modules or [])
+    dtypes: set[torch.dtype] = set()
+    for name in targets:
+        layer = model.get_submodule(name)
+        check_weight(name, layer)
+        dtypes.add(compute_dtype(layer))
+    done: dict[int, nn.Parameter] = {}
+    for name in tqdm(targets, desc=f"quantising to {bits} bits", unit="matrix", disable=not progress):
+        # Only the name is held: the dense weight is freed before the next one is quantised.
+        model.set_submodule(name, _quantized_layer(model.get_submodule(name), bits, done))
+    disable_cpu_repacking(model)
+    if isinstance(model, PreTrainedModel):
+        _set_flags(model, bits, dtypes.pop() if len(dtypes) == 1 else torch.bfloat16, skipped)
+    return model
+
+
+def held_bits(model: nn.Module) -> int:
+    """4 or 8 if the model has bitsandbytes linears, else 16."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            return 4
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            return 8
+    return 16
+
+
+def check_weight(name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight cannot be quantised or decomposed, naming the module."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{name}: its weight is on the meta device (no values). Load the weights first, for "
+            "example with from_pretrained() and without an offloading device_map."
+        )
+    if isinstance(layer, bnb.nn.Linear4bit):
+        _check_quant_state(name, layer)
+        return
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return
+    if weight.dtype not in _FLOATS:
+        if weight.is_floating_point() or type(layer) in (nn.Linear, Conv1D):
+            raise ValueError(
+                f"{name}: weight dtype {weight.dtype} is not supported; expected float32, bfloat16 or "
+                "float16. Convert the model first, for example with model.to(torch.bfloat16)."
+            )
+        return  # another library's packed integers, read through the layer itself
+    bad = int((~torch.isfinite(weight.detach())).sum())
+    if bad:
+        raise ValueError(
+            f"{name}: its weight holds {bad} NaN or Inf values of {weight.numel()}; expected finite "
+            "numbers. The checkpoint is damaged, or overflowed in float16; load it again, in bfloat16 or "
+            "float32."
+        )
+
+
+def _check_quant_state(name: str, layer: bnb.nn.Linear4bit) -> None:
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        raise ValueError(
+            f"{name}: a 4-bit layer without quantisation state; its weight was never quantised. Move "
+            'the model to its device first, for example model.to("cpu").'
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name}: bitsandbytes has repacked this 4-bit weight for AVX512 inference (an eval forward "
+            "on this CPU does that in place), which loses its quantisation state. Expected the plain NF4 "
+            "layout. Load the model again and call qsvft before any forward."
+        )
+
+
+def disable_cpu_repacking(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place in eval forwards on AVX512-BF16 CPUs.
+
+    Repacked weights dequantise to garbage, cut the gradient to x silently and save lossily, so every
+    4-bit layer of the model is switched, adapted or not. One that is packed already is refused.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                _check_quant_state(name, module)
+            module.support_avx512bf16_for_cpu = False
+
+
+# --- reading weights ------------------------------------------------------------------------------
+
+
+def dense_weight(layer: nn.Module) -> Tensor | None:
+    """The weight (m outputs, n inputs) as held, dense; None for a layer type not known here."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        scale = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+        data = layer.weight.data if layer.weight.CB is None else layer.weight.CB
+        return data.float() * (scale.float().view(-1, 1) / 127.0)
+    if isinstance(layer, Conv1D):
+        return layer.weight.detach().t()
+    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+        return layer.weight.detach()
+    return None
+
+
+def weight_digest(layer: nn.Module) -> bytes:
+    """SHA-256 of the weight's own bytes, as stored (packed values and their scales)."""
+    sha = hashlib.sha256()
+    for tensor in _stored_tensors(layer):
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.digest()
+
+
+def _stored_tensors(layer: nn.Module) -> Iterator[Tensor]:
+    weight = next((getattr(layer, n) for n in ("weight", "qweight") if hasattr(layer, n)), None)
+    if not isinstance(weight, Tensor):
+        return
+    yield weight.data
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        yield state.absmax
+        if state.nested:
+            yield state.state2.absmax
+            yield state.offset.reshape(1)
+    scale = getattr(getattr(layer, "state", None), "SCB", None)
+    if scale is None:
+        scale = getattr(weight, "SCB", None)
+    if scale is not None:
+        yield scale
+
+
+def describe_base(layer: nn.Module) -> dict[str, Any]:
+    """How a base layer holds its weight, in words that an adapter's config can record."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = layer.weight.quant_state
+        return {
+            "bits": 4,
+            "quant_type": state.quant_type,
+            "double_quant": bool(state.nested),
+            "block_size": int(state.blocksize),
+            "dtype": _dtype_name(state.dtype),
+        }
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return {"bits": 8, "quant_type": "int8"}
+    kind = "none" if isinstance(layer, (nn.Linear, Conv1D)) else type(layer).__name__
+    return {"bits": 16, "quant_type": kind, "dtype": _dtype_name(getattr(weight, "dtype", None))}
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+# --- dense again ----------------------------------------------------------------------------------
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The floating dtype a dense replacement of this layer should have."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return layer.weight.quant_state.dtype
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.dtype
+    bias = getattr(layer, "bias", None)
+    if isinstance(bias, Tensor) and bias.is_floating_point():
+        return bias.dtype
+    return getattr(layer, "qsvft_dtype", torch.bfloat16)
+
+
+def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A plain ``nn.Linear`` (or ``Conv1D``, where the layer was one) with this (m, n) weight."""
+    dtype = compute_dtype(layer)
+    bias = getattr(layer, "bias", None)
+    weight = weight.to(dtype)
+    if isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D:
+        new: nn.Module = Conv1D(1, 1)
+        new.nf, new.nx = weight.shape  # type: ignore[assignment]
+        new.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+        values = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().to(dtype)
+        new.bias = nn.Parameter(values.clone(), requires_grad=False)
+        return new
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
+    return new.train(layer.training)
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace every bitsandbytes linear by a plain dense one and clear the quantisation flags."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            weight = dense_weight(module)
+            assert weight is not None
+            model.set_submodule(name, dense_layer(module, weight))
+    _clear_flags(model)
+    return model
+
+
+# --- in place -------------------------------------------------------------------------------------
+
+
+def _partition_linears(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
+    """Names of the linears to quantise, and of those to leave as they are."""
+    keep_fp32 = getattr(model, "_keep_in_fp32_modules", None) or []
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    targets: list[str] = []
+    skipped: list[str] = []
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Linear, Conv1D):
+            continue
+        left_alone = module is head or id(module.weight) in embeddings or _under(name, [*keep_fp32, *skip])
+        (skipped if left_alone else targets).append(name)
+    return targets, skipped
+
+
+def _under(name: str, parts: list[str]) -> bool:
+    """Whether one of the dotted parts stands in the dotted name, whole components only."""
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def _quantized_layer(layer: Any, bits: int, done: dict[int, nn.Parameter]) -> nn.Module:
+    weight: nn.Parameter = layer.weight
+    conv = isinstance(layer, Conv1D)
+    n, m = weight.shape if conv else weight.shape[::-1]
+    if bits == 4:
+        new: Any = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+    else:
+        new = bnb.nn.Linear8bitLt(n, m, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+    if id(weight) not in done:  # a weight that two layers share is quantised once and stays shared
+        data = weight.data.t().contiguous() if conv else weight.data
+        if bits == 4:
+            quantized = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4").to(data.device)
+        else:
+            quantized = bnb.nn.Int8Params(data.cpu(), requires_grad=False).to(data.device)
+        done[id(weight)] = quantized
+    new.weight = done[id(weight)]
+    if bits == 4:
+        new.quant_state = new.weight.quant_state
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+    new.source_cls = type(layer)
+    new.qsvft_dtype = weight.dtype
+    new.train(layer.training)
+    return cast(nn.Module, new)
+
+
+def _set_flags(model: PreTrainedModel, bits: int, dtype: torch.dtype, skipped: list[str]) -> None:
+    from transformers.quantizers import AutoHfQuantizer
+
+    if bits == 4:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped or None,
+        )
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped or None)
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+    model.is_quantized = True
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+
+
+def _clear_flags(model: nn.Module) -> None:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if flag in model.__dict__:
+            delattr(model, flag)

@@ -1,0 +1,10 @@
+"""QSVFT as a PEFT method: the only place that knows PEFT."""
+
+from .config import QSVFTConfig
+from .layer import QSVFTLinear
+from .model import QSVFTModel, held_bytes
+from .registration import register
+
+register()
+
+__all__ = ["QSVFTConfig", "QSVFTLinear", "QSVFTModel", "held_bytes"]

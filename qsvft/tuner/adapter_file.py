@@ -1,0 +1,136 @@
+"""What an adapter file holds beside M, and the checks when it is read.
+
+For each adapted layer, in adapter_model.safetensors:
+
+    <layer>.qsvft_M        (entries,) fp32    the entries of M, row-major
+    <layer>.qsvft_probe    (8,) fp32          fingerprint of the adapted map (see probe.py)
+    <layer>.qsvft_base     (32,) uint8        SHA-256 of the base weight as stored
+    <layer>.qsvft_entries  (entries,) int64   top_k only: positions i * k + j
+    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base and the pattern
+
+The random pattern is drawn again from its seed; the digest shows that it came out the same. No
+factor is saved. Everything read here is treated as hostile until it is checked.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..patterns import IndexPattern
+from .config import QSVFTConfig
+from .layer import QSVFTLinear
+from .probe import TOLERANCE, content_digest
+
+_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_digest")
+_PREFIX = "base_model.model."
+
+
+def add_records(selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adapter: str) -> None:
+    """Add the records of one layer to what is saved, under keys that still carry the adapter's name."""
+    pattern = layer.pattern(adapter)
+    key = f"{name}.qsvft_M.{adapter}"
+    selected[key] = selected[key].to(torch.float32)
+    base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
+    selected[f"{name}.qsvft_base.{adapter}"] = base
+    if isinstance(pattern, IndexPattern) and layer.settings[adapter].pattern == "top_k":
+        selected[f"{name}.qsvft_entries.{adapter}"] = pattern.flat().cpu()
+    selected[f"{name}.qsvft_digest.{adapter}"] = content_digest(
+        selected[key], selected[f"{name}.qsvft_probe.{adapter}"], base, pattern.digest()
+    )
+
+
+class AdapterReader:
+    """Splits a saved adapter into what is loaded and what is checked.
+
+    Args:
+        state_dict: the file's tensors, keys without the adapter's name.
+        config: the adapter's config as read, with its record of the base.
+        here: the same record of the base at hand.
+    """
+
+    def __init__(self, state_dict: dict[str, Tensor], config: QSVFTConfig, here: dict[str, Any]) -> None:
+        self.config, self.here = config, here
+        self.records = {k: v for k, v in state_dict.items() if k.rsplit(".", 1)[-1] in _RECORDS}
+        self.parameters = {k: v for k, v in state_dict.items() if k not in self.records}
+
+    def check(self, layers: list[tuple[str, QSVFTLinear]], adapter: str) -> None:
+        """Check every layer, then load patterns; raise ValueError at the first that does not fit."""
+        bare = {name.removeprefix(_PREFIX): layer for name, layer in layers}
+        for key in self.parameters:
+            owner, _, leaf = key.rpartition(".")
+            if leaf == "qsvft_M" and owner.removeprefix(_PREFIX) not in bare:
+                raise ValueError(
+                    f"{owner.removeprefix(_PREFIX)}: the adapter has an M for this layer, but the model has no such "
+                    f"adapted layer (it has {len(bare)}). It was made for another model, or with other target_modules."
+                )
+        for name, layer in bare.items():
+            self._check_layer(name, layer, adapter)
+
+    def _find(self, name: str, leaf: str) -> Tensor:
+        for key in (f"{_PREFIX}{name}.{leaf}", f"{name}.{leaf}"):
+            for source in (self.parameters, self.records):
+                if key in source:
+                    return source[key]
+        raise ValueError(
+            f"{name}: the adapter file has no {leaf} for this layer; found {len(self.parameters)} other tensors. "
+            "The file is incomplete, or was not written by qsvft: save the adapter again."
+        )
+
+    def _check_layer(self, name: str, layer: QSVFTLinear, adapter: str) -> None:
+        M, probe = self._find(name, "qsvft_M"), self._find(name, "qsvft_probe")
+        base, digest = self._find(name, "qsvft_base"), self._find(name, "qsvft_digest")
+        expected = layer.qsvft_M[adapter]
+        if tuple(M.shape) != tuple(expected.shape) or M.dtype != torch.float32:
+            raise ValueError(
+                f"{name}: the adapter's M is {M.dtype} of shape {tuple(M.shape)}, expected torch.float32 of shape "
+                f"{tuple(expected.shape)} (pattern '{self.config.pattern}' at rank {layer.pattern(adapter).rank} on a "
+                f"{layer.out_features} x {layer.in_features} weight). The adapter is of another model or config."
+            )
+        if layer.settings[adapter].pattern == "top_k":
+            self._load_entries(name, layer, adapter, self._find(name, "qsvft_entries"))
+        pattern = layer.pattern(adapter)
+        if not torch.equal(content_digest(M, probe, base, pattern.digest()), digest.cpu()):
+            raise ValueError(
+                f"{name}: the adapter's contents do not match their digest: the file was changed or damaged after it "
+                f"was saved, or its pattern ('{self.config.pattern}', seed {self.config.seed}) does not come out the "
+                "same here. Copy or save the adapter again."
+            )
+        difference = layer.probe_difference(adapter, probe)
+        if not difference <= TOLERANCE:
+            raise ValueError(self._mismatch(name, layer, bytes(base.cpu().tolist()), difference))
+        # The probe at hand takes the place of the saved one, so that saving again writes what is true here.
+        key = next(k for k in (f"{_PREFIX}{name}.qsvft_probe", f"{name}.qsvft_probe") if k in self.parameters)
+        self.parameters[key] = layer._expected_probe[adapter].clone()
+
+    def _load_entries(self, name: str, layer: QSVFTLinear, adapter: str, entries: Tensor) -> None:
+        old = layer.pattern(adapter)
+        try:
+            if entries.dtype != torch.int64 or entries.shape != (old.count,):
+                raise ValueError(f"{entries.dtype} of shape {tuple(entries.shape)}")
+            pattern = IndexPattern(old.rank, entries)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: the adapter's pattern entries are not usable ({error}); expected {old.count} different "
+                f"int64 positions below {old.rank**2}. The file is damaged: copy or save the adapter again."
+            ) from error
+        layer.qsvft_pattern[adapter] = pattern.to(layer.qsvft_s.device)
+        layer._set_probe(adapter, layer.original_weight())
+
+    def _mismatch(self, name: str, layer: QSVFTLinear, base: bytes, difference: float) -> str:
+        same_weight = base == layer.base_digest
+        if same_weight:
+            cause = "the weight is the same, but its singular vectors came out differently here"
+        else:
+            cause = "the weight is another one"
+        there = (self.config.base or {}).get("weights")
+        found = math.inf if math.isnan(difference) else difference
+        return (
+            f"{name}: this adapter does not fit the base model: its probe differs by {found:.3g} (expected at most "
+            f"{TOLERANCE}); {cause}. The adapter was made on {there}, the model holds {self.here['weights']}. "
+            "Load it on the same checkpoint with the same bits and quantisation settings, for example "
+            "PeftModel.from_pretrained(qsvft.quantize(model, bits=4), adapter)."
+        )

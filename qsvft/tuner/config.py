@@ -1,0 +1,145 @@
+"""QSVFTConfig: what an adapter is, in the fields PEFT users know."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from ..patterns import PATTERNS
+from .registration import QSVFT
+
+SIDES = ("one", "both")
+
+
+def _refuse(name: str, found: object, allowed: str) -> None:
+    raise ValueError(f"QSVFTConfig.{name}: expected {allowed}, got {found!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass
+class QSVFTConfig(PeftConfig):
+    """Configuration of an SVFT adapter on a (quantised) frozen model.
+
+    W' = W + U_k M V_kᵀ with U, V the singular vectors of the weight as held and M sparse, fp32, zero
+    at the start. See arXiv 2405.19597; the paper's SVFT^P, SVFT^B, SVFT^R and SVFT^T are the patterns
+    "plain", "banded", "random" and "top_k".
+
+    Args:
+        target_modules: names of the linear layers to adapt, a regular expression, or "all-linear"
+            (every linear layer except the output head).
+        exclude_modules: names, or a regular expression, of layers to leave out.
+        modules_to_save: modules to train and save whole, such as a fresh classification head.
+        rank: k, how many singular directions M acts on; None for all min(m, n) of each layer.
+        rank_pattern: rank for single layers, by name or regular expression: {"k_proj": 64}.
+        pattern: "plain", "banded", "random" or "top_k": which entries of M train.
+        off_diagonals: d. The band has k(2d+1) - d(d+1) entries; random and top_k take as many.
+            Ignored by "plain".
+        sides: "one" holds only the factor of the smaller side (default), "both" is the paper's form.
+        tail_damping: tau in [0, 1). The one-sided form divides by max(s_j, tau * rms(s)), so that
+            rounding is not blown up along the smallest singular values.
+        seed: seed of the random pattern.
+        base: how the base weights were held when the adapter was made (bits, quantisation, library
+            versions); filled in by the library and compared on loading.
+
+    Raises:
+        ValueError: a field out of its range; the message names the field and what is allowed.
+    """
+
+    target_modules: set[str] | list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Linear layers to adapt: names, a regex, or 'all-linear'."}
+    )
+    exclude_modules: set[str] | list[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave out: names or a regex."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole, such as a new head."}
+    )
+    rank: int | None = field(default=None, metadata={"help": "Singular directions per layer; None for all."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Rank of single layers, by name or regex."}
+    )
+    pattern: str = field(default="banded", metadata={"help": f"One of {', '.join(PATTERNS)}."})
+    off_diagonals: int = field(default=8, metadata={"help": "Off-diagonals on each side of the band."})
+    sides: str = field(default="one", metadata={"help": "'one' (one factor held) or 'both' (the paper's)."})
+    tail_damping: float = field(
+        default=0.1, metadata={"help": "Bound on 1/s of the one-sided form, in units of rms(s)."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random pattern."})
+    base: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the base was held; filled in by the library."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = QSVFT
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        self._validate()
+
+    def _validate(self) -> None:
+        if not self.target_modules:
+            _refuse("target_modules", self.target_modules, "names, a regular expression or 'all-linear'")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str) and not all(isinstance(v, str) for v in value):
+                _refuse(name, value, "strings")
+        if self.rank is not None and (not _is_int(self.rank) or self.rank < 1):
+            _refuse("rank", self.rank, "an integer of at least 1, or None for full rank")
+        if not isinstance(self.rank_pattern, dict) or not all(
+            isinstance(k, str) and _is_int(v) and v >= 1 for k, v in self.rank_pattern.items()
+        ):
+            _refuse("rank_pattern", self.rank_pattern, "a dict of names to integers of at least 1")
+        if self.pattern not in PATTERNS:
+            _refuse("pattern", self.pattern, f"one of {', '.join(map(repr, PATTERNS))}")
+        if not _is_int(self.off_diagonals) or self.off_diagonals < 0:
+            _refuse("off_diagonals", self.off_diagonals, "an integer of at least 0")
+        if self.sides not in SIDES:
+            _refuse("sides", self.sides, f"one of {', '.join(map(repr, SIDES))}")
+        damping = self.tail_damping
+        if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < 1:
+            _refuse("tail_damping", damping, "a number in [0, 1)")
+        if not _is_int(self.seed):
+            _refuse("seed", self.seed, "an integer")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` atomically: a crash leaves the old file whole."""
+        final = os.path.join(save_directory, CONFIG_NAME)
+        staging = os.path.join(save_directory, f".{CONFIG_NAME}.{os.getpid()}")
+        os.makedirs(save_directory, exist_ok=True)
+        try:
+            super().save_pretrained(staging, **kwargs)
+            os.replace(os.path.join(staging, CONFIG_NAME), final)
+        finally:
+            if os.path.isdir(staging):
+                for name in os.listdir(staging):
+                    os.unlink(os.path.join(staging, name))
+                os.rmdir(staging)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> QSVFTConfig:
+        """Read a config; refuse a local adapter whose weight file is damaged before anything is built."""
+        from .files import check_adapter_directory
+
+        folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
+        check_adapter_directory(folder)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{os.path.join(folder, CONFIG_NAME)} is not valid JSON ({error}); expected the file written by "
+                "save_pretrained(). It is damaged: take a copy or save the adapter again."
+            ) from error
+        assert isinstance(config, cls)
+        return config

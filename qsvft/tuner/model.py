@@ -1,0 +1,231 @@
+"""QSVFTModel: the PEFT tuner. Attaches the layers, saves and checks adapters, merges to a dense model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import tqdm
+
+from ..quantization import dequantize, describe_base, disable_cpu_repacking
+from .adapter_file import AdapterReader, add_records
+from .config import QSVFTConfig
+from .layer import QSVFTLinear
+
+
+class QSVFTModel(BaseTuner):
+    """Adapts the linear layers of a model with SVFT (arXiv 2405.19597) on its frozen weights.
+
+    Made by ``qsvft.prepare``, ``peft.get_peft_model`` or ``PeftModel.from_pretrained``.
+    """
+
+    prefix = "qsvft_"
+    tuner_layer_cls = QSVFTLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    _progress: Any = None
+
+    # --- attaching --------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, with a progress bar over the decompositions and a record of the base."""
+        with self._decomposition_progress():
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.base is None:
+            config.base = describe_model(model)
+
+    @contextmanager
+    def _decomposition_progress(self) -> Iterator[None]:
+        self._progress = tqdm(desc="decomposing", unit="matrix", delay=1.0, leave=False)
+        try:
+            yield
+        finally:
+            self._progress.close()
+            self._progress = None
+
+    def _prepare_model(self, peft_config: QSVFTConfig, model: nn.Module) -> None:
+        """Check what is asked for before anything is changed."""
+        disable_cpu_repacking(model)
+        if peft_config.target_modules == "all-linear":
+            _maybe_include_all_linear_layers(peft_config, model)
+            found = set(peft_config.target_modules or ())
+            peft_config.target_modules = found - _inside_attention(model)
+        _check_target_names(peft_config, model)
+        if self._progress is not None:
+            names = (name for name, _ in model.named_modules())
+            self._progress.total = sum(1 for n in names if n and self._check_target_module_exists(peft_config, n))
+
+    def _create_and_replace(
+        self,
+        peft_config: QSVFTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{current_key}: nn.MultiheadAttention reads this layer's weight itself, an adapter on it would do "
+                "nothing. Add it to exclude_modules."
+            )
+        if isinstance(target, QSVFTLinear):
+            target.update_layer(adapter_name, peft_config)
+        elif isinstance(target, BaseTunerLayer):
+            raise TypeError(
+                f"{current_key}: already adapted by {type(target).__name__}; expected a plain layer. Merge or unload "
+                "the other adapter first."
+            )
+        else:
+            layer = QSVFTLinear(target, adapter_name, peft_config, current_key)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if self._progress is not None:
+            self._progress.update()
+
+    # --- distributed training ---------------------------------------------------------------------
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The factors, named as DDP sees them in a PeftModel: the same on every rank, never broadcast."""
+        return [f"base_model.{name}" for name, _ in self.named_buffers() if ".qsvft_" in name]
+
+    # --- saving and loading -----------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: QSVFTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """M and the probe, with the digests and (for top_k) the entries that loading checks."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        config.base = describe_model(model)
+        for name, layer in named_layers(model, adapter_name):
+            add_records(selected, name, layer, adapter_name)
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: QSVFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check the saved adapter against this base, refuse it or hand M and the probe on."""
+        reader = AdapterReader(state_dict, config, describe_model(model))
+        reader.check(named_layers(model, adapter_name), adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, reader.parameters)
+
+    # --- merging ----------------------------------------------------------------------------------
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        """After a merge the whole model is dense: the layers not adapted are dequantised as well."""
+        if not merge:
+            # Otherwise PEFT would hand out the merged layers.
+            self.unmerge_adapter()
+        super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        model: nn.Module = self.model
+        return dequantize(model) if merge else model
+
+
+def named_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, QSVFTLinear]]:
+    """The adapted layers of a model that carry this adapter, with their names as state_dict has them."""
+    return [
+        (name.removeprefix("_fsdp_wrapped_module."), module)
+        for name, module in model.named_modules()
+        if isinstance(module, QSVFTLinear) and adapter_name in module.qsvft_M
+    ]
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """How the adapted layers' bases are held, and the versions that made them."""
+    kinds: list[dict[str, Any]] = []
+    for module in model.modules():
+        if isinstance(module, QSVFTLinear):
+            kind = describe_base(module.original_base())
+            if kind not in kinds:
+                kinds.append(kind)
+    kinds.sort(key=str)
+    packages = ("qsvft", "torch", "transformers", "peft", "bitsandbytes")
+    return {
+        "factors": "of the weight as held",
+        "weights": kinds,
+        "versions": {name: version(name).split("+")[0] for name in packages},
+    }
+
+
+def _inside_attention(model: nn.Module) -> set[str]:
+    """Linear layers inside nn.MultiheadAttention, which never calls them."""
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child, _ in module.named_children()
+    }
+
+
+def _check_target_names(config: QSVFTConfig, model: nn.Module) -> None:
+    """Every name in a list of target modules must match a layer; a misspelt one is otherwise ignored."""
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str):
+        return
+    linear = (nn.Linear, Conv1D, QSVFTLinear)
+    modules = [name for name, _ in model.named_modules() if name]
+    known = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, linear) and n})
+    for target in sorted(targets):
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            close = difflib.get_close_matches(target.split(".")[-1], known, n=3)
+            hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+            raise ValueError(
+                f"target_modules: '{target}' matches no module of {type(model).__name__}; expected names of its linear "
+                f"layers, such as {', '.join(map(repr, known[:12])) or 'none: it has no linear layer'}.{hint}"
+            )
+
+
+def held_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes that a (prepared) model holds, by kind.
+
+    Returns:
+        "base": the frozen weights with their quantisation state, "factors": U, V, s, "M": the
+        trainable coefficients, "other": anything else (patterns, probes, modules to save). Storage
+        shared by several tensors counts once.
+    """
+    totals = {"base": 0, "factors": 0, "M": 0, "other": 0}
+    seen: set[int] = set()
+
+    def count(kind: str, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen or tensor.is_meta:
+            seen.add(storage.data_ptr())
+            totals[kind] += storage.nbytes()
+
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        leaf = next((part for part in name.split(".") if part.startswith("qsvft_")), "")
+        kind = {"qsvft_M": "M", "": "base"}.get(leaf, "factors" if leaf in _FACTOR_BUFFERS else "other")
+        if ".modules_to_save." in name:
+            kind = "other"
+        count(kind, tensor)
+        state = getattr(tensor, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        for extra in (getattr(state, "absmax", None), getattr(nested, "absmax", None)):
+            if isinstance(extra, torch.Tensor):
+                count("base", extra)
+    for module in model.modules():
+        scale = getattr(getattr(module, "state", None), "SCB", None)
+        if isinstance(scale, torch.Tensor):
+            count("base", scale)
+    return totals
+
+
+_FACTOR_BUFFERS = ("qsvft_U", "qsvft_V", "qsvft_s", "qsvft_rms")

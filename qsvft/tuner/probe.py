@@ -1,0 +1,56 @@
+"""A fingerprint of one layer's adapted map, saved with an adapter and checked when it is loaded.
+
+The probe applies dW = U M V^T with a fixed pseudo-random M (on the adapter's own pattern) to a fixed
+pseudo-random x and projects the result to eight numbers, in fp32. It therefore changes by about the
+relative error that a real adapter would suffer from another basis: another checkpoint, other bits,
+a flipped sign, another rank, pattern, form or damping. Recomputing the factors elsewhere stays far
+below TOLERANCE; a wrong basis is at 1 or above.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-2
+SIZE = 8
+
+_GOLDEN_RATIO = 0.6180339887498949
+
+
+def fixed_noise(size: int, salt: int, device: torch.device | None = None) -> Tensor:
+    """A reproducible sequence in [-1, 1], the same on every machine: cos of a quadratic phase."""
+    index = torch.arange(1, size + 1, dtype=torch.float64, device=device)
+    phase = torch.frac(index * torch.frac(index * _GOLDEN_RATIO) + salt * math.sqrt(2) * index)
+    return torch.cos(2 * math.pi * phase)
+
+
+def sketch(vector: Tensor) -> Tensor:
+    """Project a vector to eight numbers with fixed noise, fp64 -> fp32."""
+    flat = vector.detach().double().flatten()
+    rows = [fixed_noise(flat.numel(), salt, flat.device) @ flat for salt in range(10, 10 + SIZE)]
+    return torch.stack(rows).float()
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, and 0 for two zeros."""
+    difference = torch.linalg.vector_norm(found.double() - expected.double())
+    scale = torch.linalg.vector_norm(expected.double())
+    if float(scale) == 0:
+        return 0.0 if float(difference) == 0 else math.inf
+    ratio = float(difference / scale)
+    return math.inf if math.isnan(ratio) else ratio
+
+
+def content_digest(*parts: Tensor | str) -> Tensor:
+    """SHA-256 of tensors' bytes and strings, as a uint8 tensor of 32."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            sha.update(part.encode())
+        else:
+            sha.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)
