@@ -284,7 +284,8 @@ class _IndexedCoefficients(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             n_values = values if entry_scale is None else values * entry_scale.to(values.dtype)
             order = torch.argsort(columns, stable=True)
-            counts = torch.bincount(columns, minlength=h.shape[1])
+            ones = torch.ones_like(columns)
+            counts = columns.new_zeros(h.shape[1]).scatter_add(0, columns.long(), ones)
             starts = F.pad(counts.cumsum(0), (1, 0)).to(rows.dtype)
             grad_h = _gathered(g, n_values[order].to(g.dtype), rows[order], starts)
         if ctx.needs_input_grad[1]:

@@ -55,7 +55,17 @@ def make_factors(weight: Tensor, rank: int, sides: Sides) -> Factors:
         rank: k.
         sides: "one" or "both".
     """
-    return hold(decompose(weight, rank, sides), weight)
+    return _empty(weight, rank, sides) if weight.is_meta else hold(decompose(weight, rank, sides), weight)
+
+
+def _empty(weight: Tensor, rank: int, sides: Sides) -> Factors:
+    """Factors without values, for counting bytes."""
+    m, n = weight.shape
+    needs_u, needs_v = needed_sides(sides, weight.shape)
+    U = weight.new_empty((rank, m), dtype=FACTOR_DTYPE) if needs_u else None
+    V = weight.new_empty((rank, n), dtype=FACTOR_DTYPE) if needs_v else None
+    s = weight.new_empty(rank, dtype=torch.float32)
+    return Factors(U, V, s, weight.new_empty((), dtype=torch.float32))
 
 
 def hold(parts: Decomposition, weight: Tensor) -> Factors:

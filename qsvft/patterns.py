@@ -100,6 +100,15 @@ class IndexPattern(Pattern):
         self.register_buffer("columns", (flat % rank).to(torch.int32), persistent=False)
         self.register_buffer("offsets", offsets.to(torch.int32), persistent=False)
 
+    @classmethod
+    def without_values(cls, rank: int, count: int) -> IndexPattern:
+        """A pattern of ``count`` entries on the meta device, for counting bytes."""
+        pattern = cls(rank, torch.zeros(0, dtype=torch.int64))
+        pattern.count = count
+        pattern.columns = torch.empty(count, dtype=torch.int32, device="meta")
+        pattern.offsets = torch.empty(rank + 1, dtype=torch.int32, device="meta")
+        return pattern
+
     def indices(self) -> tuple[Tensor, Tensor]:
         return entry_rows(self.columns, self.offsets).long(), self.columns.long()
 

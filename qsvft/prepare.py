@@ -9,8 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .quantization import check_weight, quantize
+from .quantization import quantize
 from .tuner.config import QSVFTConfig
+from .tuner.targets import check_targets
 
 _TASKS = {
     "ForCausalLM": TaskType.CAUSAL_LM,
@@ -64,10 +65,9 @@ def prepare(
         raise ValueError(f"prepare(): give either config or single options, got both: {sorted(options)}")
     _refuse_prepared(model)
     config = config if config is not None else _config(model, options)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            check_weight(name, module)
-    quantize(model, bits, skip_modules=_left_whole(model, config), progress=progress)
+    whole = _left_whole(config)
+    check_targets(model, config, whole)  # before anything is changed
+    quantize(model, bits, skip_modules=[*(config.modules_to_save or []), *whole], progress=progress)
     prepared = get_peft_model(model, config, adapter_name=adapter_name)
     assert isinstance(prepared, PeftModel)
     if gradient_checkpointing:
@@ -110,11 +110,8 @@ def _config(model: nn.Module, options: dict[str, Any]) -> QSVFTConfig:
     return QSVFTConfig(**options)
 
 
-def _left_whole(model: nn.Module, config: QSVFTConfig) -> list[str]:
-    """Modules that train whole are not quantised: those asked for, and PEFT's heads for the task."""
-    names = list(config.modules_to_save or [])
+def _left_whole(config: QSVFTConfig) -> list[str]:
+    """The heads that PEFT trains whole for a task, which are therefore not quantised."""
     if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-        names += ["classifier", "score"]
-    elif config.task_type == TaskType.QUESTION_ANS:
-        names += ["qa_outputs"]
-    return names
+        return ["classifier", "score"]
+    return ["qa_outputs"] if config.task_type == TaskType.QUESTION_ANS else []

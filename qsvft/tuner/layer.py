@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .. import patterns
@@ -35,6 +34,7 @@ from ..quantization import check_weight, dense_layer, dense_weight, weight_diges
 from .config import QSVFTConfig
 from .parameter import Float32Parameter
 from .probe import TOLERANCE, fixed_noise, relative_difference, sketch
+from .targets import rank_of, shape_of
 
 _PROBE_ROWS = 512
 
@@ -66,7 +66,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.module_name = module_name
-        self.out_features, self.in_features = _shape(base_layer, module_name)
+        self.out_features, self.in_features = shape_of(base_layer, module_name)
         self.settings: dict[str, QSVFTConfig] = {}
         self.qsvft_M = nn.ParameterDict()
         self.qsvft_pattern = nn.ModuleDict()
@@ -88,9 +88,9 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: QSVFTConfig) -> None:
         """Add an adapter: decompose if needed, choose the pattern, put M at zero."""
         check_weight(self.module_name, self.original_base())
-        rank = self._rank(config)
+        rank = rank_of(config, self.module_name, (self.out_features, self.in_features))
         weight = self.original_weight()
-        if not bool(torch.isfinite(weight).all()):
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"{self.module_name}: its weight holds NaN or Inf; expected finite numbers. The checkpoint "
                 "is damaged or overflowed; load it again."
@@ -102,26 +102,6 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         self.qsvft_M[adapter_name] = Float32Parameter(values)
         self._set_probe(adapter_name, weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _rank(self, config: QSVFTConfig) -> int:
-        limit = min(self.out_features, self.in_features)
-        key = get_pattern_key(list(config.rank_pattern), self.module_name)
-        rank = config.rank_pattern.get(key, config.rank)
-        if rank is None:
-            rank = limit
-        if rank > limit:
-            raise ValueError(
-                f"{self.module_name}: rank={rank} is over the limit; its weight is {self.out_features} x "
-                f"{self.in_features}, expected a rank of at most {limit}. Use rank=None for full rank, a "
-                f"smaller rank, or rank_pattern={{'{self.module_name.split('.')[-1]}': {limit}}}."
-            )
-        if config.pattern != "plain" and config.off_diagonals >= rank:
-            raise ValueError(
-                f"{self.module_name}: off_diagonals={config.off_diagonals} needs a rank above it, found rank "
-                f"{rank} (its weight is {self.out_features} x {self.in_features}). Expected off_diagonals of at "
-                f"most {rank - 1}: lower it, use pattern='plain', or exclude the module with exclude_modules."
-            )
-        return rank
 
     def _ensure_factors(self, weight: Tensor, rank: int, sides: Sides) -> None:
         """Hold at least ``rank`` rows of the factors that ``sides`` needs; rows held stay as they are."""
@@ -151,6 +131,8 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
             return patterns.plain(rank)
         if config.pattern == "banded":
             return patterns.banded(rank, d)
+        if weight.is_meta:
+            return patterns.IndexPattern.without_values(rank, patterns.banded_count(rank, d))
         if config.pattern == "random":
             return patterns.random_entries(rank, d, f"{config.seed}:{self.module_name}")
         U, V = self._both_factors(rank, weight)
@@ -406,17 +388,3 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
 
 def _sides(config: QSVFTConfig) -> Sides:
     return "both" if config.sides == "both" else "one"
-
-
-def _shape(layer: nn.Module, module_name: str) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer."""
-    nf, nx = getattr(layer, "nf", None), getattr(layer, "nx", None)
-    if isinstance(nf, int) and isinstance(nx, int):
-        return nf, nx
-    m, n = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-    if not (isinstance(m, int) and isinstance(n, int)):
-        raise TypeError(
-            f"{module_name}: cannot adapt a {type(layer).__name__}; expected a linear layer (with in_features and "
-            "out_features) or a Conv1D. Leave it out of target_modules, or add it to exclude_modules."
-        )
-    return m, n

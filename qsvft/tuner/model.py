@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 
 from ..quantization import dequantize, describe_base, disable_cpu_repacking
 from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
+from .targets import all_linear, check_targets
 
 
 class QSVFTModel(BaseTuner):
@@ -54,14 +53,11 @@ class QSVFTModel(BaseTuner):
     def _prepare_model(self, peft_config: QSVFTConfig, model: nn.Module) -> None:
         """Check what is asked for before anything is changed."""
         disable_cpu_repacking(model)
+        names = check_targets(model, peft_config)
         if peft_config.target_modules == "all-linear":
-            _maybe_include_all_linear_layers(peft_config, model)
-            found = set(peft_config.target_modules or ())
-            peft_config.target_modules = found - _inside_attention(model)
-        _check_target_names(peft_config, model)
+            peft_config.target_modules = all_linear(model, peft_config)
         if self._progress is not None:
-            names = (name for name, _ in model.named_modules())
-            self._progress.total = sum(1 for n in names if n and self._check_target_module_exists(peft_config, n))
+            self._progress.total = len(names)
 
     def _create_and_replace(
         self,
@@ -73,11 +69,6 @@ class QSVFTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"{current_key}: nn.MultiheadAttention reads this layer's weight itself, an adapter on it would do "
-                "nothing. Add it to exclude_modules."
-            )
         if isinstance(target, QSVFTLinear):
             target.update_layer(adapter_name, peft_config)
         elif isinstance(target, BaseTunerLayer):
@@ -163,34 +154,6 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "weights": kinds,
         "versions": {name: version(name).split("+")[0] for name in packages},
     }
-
-
-def _inside_attention(model: nn.Module) -> set[str]:
-    """Linear layers inside nn.MultiheadAttention, which never calls them."""
-    return {
-        f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for child, _ in module.named_children()
-    }
-
-
-def _check_target_names(config: QSVFTConfig, model: nn.Module) -> None:
-    """Every name in a list of target modules must match a layer; a misspelt one is otherwise ignored."""
-    targets = config.target_modules
-    if targets is None or isinstance(targets, str):
-        return
-    linear = (nn.Linear, Conv1D, QSVFTLinear)
-    modules = [name for name, _ in model.named_modules() if name]
-    known = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, linear) and n})
-    for target in sorted(targets):
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            close = difflib.get_close_matches(target.split(".")[-1], known, n=3)
-            hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
-            raise ValueError(
-                f"target_modules: '{target}' matches no module of {type(model).__name__}; expected names of its linear "
-                f"layers, such as {', '.join(map(repr, known[:12])) or 'none: it has no linear layer'}.{hint}"
-            )
 
 
 def held_bytes(model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,139 @@
+"""Which layers a config means, and whether it fits them: checked before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..quantization import check_weight
+from .config import QSVFTConfig
+
+
+def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[str] = ()) -> list[str]:
+    """Check a config against every layer it targets; change nothing.
+
+    Args:
+        model: the model, quantised or not, with or without adapters.
+        config: the adapter's config.
+        left_whole: modules that will train whole (heads), besides config.modules_to_save.
+
+    Returns:
+        The names of the layers that will be adapted.
+
+    Raises:
+        ValueError: a name that matches nothing, no layer left, a rank or a band too large for a layer, a
+            weight that cannot be decomposed.
+        TypeError: a target that is not a linear layer.
+    """
+    wanted = copy.copy(config)
+    wanted.modules_to_save = [*(config.modules_to_save or []), *left_whole] or None
+    if config.target_modules == "all-linear":
+        wanted.target_modules = all_linear(model, wanted)
+    else:
+        _check_names(model, wanted)
+    adapters = [f"{name}." for name, module in model.named_modules() if isinstance(module, _adapted_type())]
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name and not any(name.startswith(a) for a in adapters) and check_target_module_exists(wanted, name)
+    ]
+    if not names:
+        raise ValueError(
+            f"no layer of {type(model).__name__} is left to adapt: target_modules={config.target_modules!r}, "
+            f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}. Expected at "
+            f"least one linear layer; it has {_known(model) or 'none'}."
+        )
+    for name in names:
+        layer = model.get_submodule(name)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{name}: nn.MultiheadAttention reads this layer's weight itself, an adapter on it would do nothing. "
+                "Add it to exclude_modules."
+            )
+        shape = shape_of(layer, name)
+        check_weight(name, layer)
+        rank_of(config, name, shape)
+    return names
+
+
+def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
+    """The layers that "all-linear" means: PEFT's rule, less those that nn.MultiheadAttention never calls."""
+    wanted = copy.copy(config)
+    wanted.target_modules = "all-linear"
+    _maybe_include_all_linear_layers(wanted, model)
+    found = set(wanted.target_modules or ())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found -= {f"{name}.{child}" if name else child for child, _ in module.named_children()}
+    return found
+
+
+def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer, however it stores its weight."""
+    nf, nx = getattr(layer, "nf", None), getattr(layer, "nx", None)
+    if isinstance(nf, int) and isinstance(nx, int):
+        return nf, nx
+    m, n = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+    if not (isinstance(m, int) and isinstance(n, int)):
+        raise TypeError(
+            f"{name}: cannot adapt a {type(layer).__name__}; expected a linear layer (with in_features and "
+            "out_features) or a Conv1D. Leave it out of target_modules, or add it to exclude_modules."
+        )
+    return m, n
+
+
+def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int]) -> int:
+    """k of a layer of shape (outputs, inputs); ValueError if the config asks for more than it has."""
+    m, n = shape
+    limit = min(m, n)
+    key = get_pattern_key(list(config.rank_pattern), name)
+    asked = config.rank_pattern.get(key, config.rank)
+    rank = limit if asked is None else asked
+    if rank > limit:
+        raise ValueError(
+            f"{name}: rank={rank} is over the limit; its weight is {m} x {n}, expected a rank of at most {limit}. Use "
+            f"rank=None for full rank, a smaller rank, or rank_pattern={{'{name.split('.')[-1]}': {limit}}}."
+        )
+    if config.pattern != "plain" and config.off_diagonals >= rank:
+        raise ValueError(
+            f"{name}: off_diagonals={config.off_diagonals} needs a rank above it, found rank {rank} (its weight is "
+            f"{m} x {n}). Expected off_diagonals of at most {rank - 1}: lower it, use pattern='plain', or exclude the "
+            "module with exclude_modules."
+        )
+    return rank
+
+
+def _check_names(model: nn.Module, config: QSVFTConfig) -> None:
+    """Every name in a list of target modules must match a module; PEFT ignores a misspelt one."""
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str):
+        return
+    modules = [name for name, _ in model.named_modules() if name]
+    for target in sorted(targets):
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            known = _known(model)
+            close = difflib.get_close_matches(target.split(".")[-1], known, n=3)
+            hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+            raise ValueError(
+                f"target_modules: '{target}' matches no module of {type(model).__name__}; expected names of its linear "
+                f"layers, such as {', '.join(map(repr, known[:12])) or 'none: it has no linear layer'}.{hint}"
+            )
+
+
+def _known(model: nn.Module) -> list[str]:
+    """The last parts of the names of a model's linear layers."""
+    linear = (nn.Linear, Conv1D, _adapted_type())
+    return sorted({name.split(".")[-1] for name, m in model.named_modules() if name and isinstance(m, linear)})
+
+
+def _adapted_type() -> type[nn.Module]:
+    from .layer import QSVFTLinear
+
+    return QSVFTLinear

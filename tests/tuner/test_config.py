@@ -1,0 +1,113 @@
+"""QSVFTConfig: what it refuses, and that a crash while it is written leaves the old file whole."""
+
+import json
+import os
+import re
+
+import pytest
+
+from qsvft import QSVFTConfig
+
+REFUSED = [
+    ("target_modules", [], "names, a regular expression or 'all-linear'"),
+    ("target_modules", "", "names, a regular expression or 'all-linear'"),
+    ("target_modules", None, "names, a regular expression or 'all-linear'"),
+    ("target_modules", ["q_proj", 3], "strings"),
+    ("exclude_modules", [3], "strings"),
+    ("modules_to_save", [None], "strings"),
+    ("rank", 0, "an integer of at least 1, or None for full rank"),
+    ("rank", -4, "an integer of at least 1, or None for full rank"),
+    ("rank", 2.0, "an integer of at least 1, or None for full rank"),
+    ("rank", True, "an integer of at least 1, or None for full rank"),
+    ("rank", "8", "an integer of at least 1, or None for full rank"),
+    ("rank_pattern", {"q_proj": 0}, "a dict of names to integers of at least 1"),
+    ("rank_pattern", {1: 4}, "a dict of names to integers of at least 1"),
+    ("rank_pattern", ["q_proj"], "a dict of names to integers of at least 1"),
+    ("pattern", "diagonal", "one of 'plain', 'banded', 'random', 'top_k'"),
+    ("pattern", None, "one of 'plain', 'banded', 'random', 'top_k'"),
+    ("off_diagonals", -1, "an integer of at least 0"),
+    ("off_diagonals", 1.5, "an integer of at least 0"),
+    ("off_diagonals", False, "an integer of at least 0"),
+    ("sides", "left", "one of 'one', 'both'"),
+    ("sides", 1, "one of 'one', 'both'"),
+    ("tail_damping", 1.0, "a number in [0, 1)"),
+    ("tail_damping", -0.1, "a number in [0, 1)"),
+    ("tail_damping", float("nan"), "a number in [0, 1)"),
+    ("tail_damping", "0.1", "a number in [0, 1)"),
+    ("tail_damping", True, "a number in [0, 1)"),
+    ("seed", 1.0, "an integer"),
+    ("seed", None, "an integer"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), REFUSED)
+def test_a_field_out_of_its_range_is_refused_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(ValueError, match=re.escape(f"QSVFTConfig.{name}: expected {allowed}, got ")) as refusal:
+        QSVFTConfig(**{name: value})
+    found = str(refusal.value).split("got ", 1)[1]
+    assert found in (repr(value), repr(set(value)) if isinstance(value, list) else "")
+
+
+def test_every_field_of_the_method_has_a_test_of_its_refusal():
+    own = set(QSVFTConfig.__annotations__) - {"base"}
+    assert own == {name for name, _, _ in REFUSED}
+
+
+FULL = {
+    "target_modules": ["q_proj", "v_proj"],
+    "exclude_modules": ["lm_head"],
+    "modules_to_save": ["classifier"],
+    "rank": 12,
+    "rank_pattern": {"k_proj": 6},
+    "pattern": "random",
+    "off_diagonals": 3,
+    "sides": "both",
+    "tail_damping": 0.05,
+    "seed": 11,
+    "base": {"weights": [{"bits": 4}]},
+    "task_type": "CAUSAL_LM",
+}
+
+
+@pytest.mark.parametrize("options", [{}, FULL], ids=["defaults", "every field"])
+def test_a_saved_config_comes_back_equal(tmp_path, options):
+    config = QSVFTConfig(**options, inference_mode=True)
+    config.save_pretrained(str(tmp_path))
+    assert QSVFTConfig.from_pretrained(str(tmp_path)).to_dict() == config.to_dict()
+    assert os.listdir(tmp_path) == ["adapter_config.json"]
+
+
+def test_a_subfolder_is_read(tmp_path):
+    QSVFTConfig(seed=5).save_pretrained(str(tmp_path / "inner"))
+    assert QSVFTConfig.from_pretrained(str(tmp_path), subfolder="inner").seed == 5
+
+
+@pytest.mark.parametrize("broken", ["os.replace", "json.dumps"])
+def test_a_crash_while_saving_leaves_the_old_file_whole_and_nothing_behind(tmp_path, monkeypatch, broken):
+    QSVFTConfig(seed=1).save_pretrained(str(tmp_path))
+
+    def crash(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, crash)
+        with pytest.raises(OSError, match="disk full"):
+            QSVFTConfig(seed=2).save_pretrained(str(tmp_path))
+    assert QSVFTConfig.from_pretrained(str(tmp_path)).seed == 1
+    assert os.listdir(tmp_path) == ["adapter_config.json"]
+
+
+def test_a_hand_edited_value_out_of_range_is_refused_on_reading(tmp_path):
+    QSVFTConfig().save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank": -3}))
+    with pytest.raises(ValueError, match=r"QSVFTConfig\.rank: expected an integer of at least 1.*got -3"):
+        QSVFTConfig.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"peft_type": "QSVFT"', "\x00\x01"])
+def test_a_file_that_is_not_json_is_refused_by_its_path(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON .* take a copy or save") as refusal:
+        QSVFTConfig.from_pretrained(str(tmp_path))
+    assert str(tmp_path) in str(refusal.value)

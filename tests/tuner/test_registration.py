@@ -1,0 +1,110 @@
+"""qsvft as a PEFT method, and through transformers' own PEFT integration."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, PeftType, get_peft_model
+from small_models import load, logits, randomize
+
+import qsvft
+from qsvft import QSVFTConfig
+from qsvft.tuner.registration import QSVFT, register
+
+
+def test_the_method_is_a_real_member_of_peft_type():
+    assert isinstance(QSVFT, PeftType)
+    assert PeftType("QSVFT") is PeftType["QSVFT"] is PeftType.QSVFT is QSVFT
+    assert (QSVFT.value, QSVFT.name, QSVFT) == ("QSVFT", "QSVFT", "QSVFT")
+    assert list(PeftType).count(QSVFT) == 1
+    assert QSVFT in set(PeftType)
+
+
+def test_the_member_survives_pickling_json_and_hashing():
+    assert pickle.loads(pickle.dumps(QSVFT)) is QSVFT
+    assert json.loads(json.dumps({"type": QSVFT})) == {"type": "QSVFT"}
+    assert {QSVFT: 1}[PeftType("QSVFT")] == 1
+
+
+def test_the_other_members_are_as_before():
+    assert PeftType("LORA") is PeftType.LORA
+    with pytest.raises(ValueError, match="no_such_method"):
+        PeftType("no_such_method")
+
+
+def test_registering_twice_changes_nothing():
+    before = (list(PeftType), dict(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING))
+    register()
+    assert (list(PeftType), dict(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)) == before
+
+
+def test_peft_knows_the_config_and_the_tuner():
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[QSVFT] is QSVFTConfig
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[QSVFT] is qsvft.QSVFTModel
+    assert isinstance(peft.get_peft_config({"peft_type": "QSVFT", "seed": 4}), QSVFTConfig)
+
+
+def test_get_peft_model_gives_the_same_adapter_as_prepare(llama):
+    ours = qsvft.prepare(load(llama), bits=4, off_diagonals=3)
+    theirs = get_peft_model(qsvft.quantize(load(llama), bits=4), QSVFTConfig(off_diagonals=3, task_type="CAUSAL_LM"))
+    assert torch.equal(logits(randomize(ours)), logits(randomize(theirs)))
+    assert theirs.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_transformers_add_adapter_and_load_adapter_work_end_to_end(llama, tmp_path, bits):
+    model = qsvft.quantize(load(llama), bits)
+    model.add_adapter(QSVFTConfig(off_diagonals=4))
+    randomize(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = qsvft.quantize(load(llama), bits)
+    plain = logits(again)
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(logits(again), expected)
+    again.disable_adapters()
+    assert torch.equal(logits(again), plain)
+    assert not torch.equal(plain, expected)
+
+
+def test_an_adapter_saved_by_transformers_loads_through_peft_and_the_reverse(llama, tmp_path):
+    model = qsvft.quantize(load(llama), 4)
+    model.add_adapter(QSVFTConfig(off_diagonals=4))
+    expected = logits(randomize(model))
+    model.save_pretrained(tmp_path / "transformers")
+    peft_model = PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path / "transformers")
+    assert torch.equal(logits(peft_model), expected)
+    peft_model.save_pretrained(tmp_path / "peft")
+    again = qsvft.quantize(load(llama), 4)
+    again.load_adapter(str(tmp_path / "peft"))
+    assert torch.equal(logits(again), expected)
+
+
+def test_transformers_load_adapter_refuses_a_wrong_base(llama, other_llama, tmp_path):
+    randomize(qsvft.prepare(load(llama), bits=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.0\..*does not fit th"):
+        other = qsvft.quantize(load(other_llama), 4)
+        other.load_adapter(str(tmp_path))
+        logits(other)
+
+
+def test_without_importing_qsvft_loading_raises_the_documented_key_error(llama, tmp_path):
+    qsvft.prepare(load(llama), bits=16, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    code = (
+        "import sys\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "try:\n"
+        "    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])\n"
+        "except KeyError as error:\n"
+        "    print(repr(error))\n"
+        "assert 'qsvft' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(llama), str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "KeyError('QSVFT')"

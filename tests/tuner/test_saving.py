@@ -1,0 +1,478 @@
+"""Saving an adapter, reading it back bit for bit, and refusing every file or base that does not fit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from small_models import coefficients, load, logits, randomize, same_tensors, save_llama, tokens
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+import qsvft
+from qsvft import QSVFTConfig
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def base(folder, bits=4):
+    return qsvft.quantize(load(folder), bits)
+
+
+def by_transformers(folder, **changes):
+    settings = {**NF4, "bnb_4bit_compute_dtype": torch.bfloat16, **changes}
+    return load(folder, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(llama, tmp_path_factory):
+    """A trained adapter on the 4-bit model, on disk, with its logits and its M."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=2))
+    model.save_pretrained(folder)
+    return folder, logits(model), coefficients(model)
+
+
+@pytest.fixture
+def adapter(saved, tmp_path):
+    """A copy of the saved adapter that a test may damage."""
+    return Path(shutil.copytree(saved[0], tmp_path / "adapter"))
+
+
+def edit(adapter, change):
+    tensors = load_file(adapter / WEIGHTS)
+    change(tensors)
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(adapter, **changes):
+    path = adapter / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# --- what is written -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k"])
+def test_the_file_holds_M_probe_base_and_digest_of_each_layer_and_no_factor(llama, tmp_path, pattern):
+    model = qsvft.prepare(load(llama), bits=4, pattern=pattern, sides="both", off_diagonals=2)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    layers = {key.rpartition(".")[0] for key in tensors}
+    leaves = {"qsvft_M": torch.float32, "qsvft_probe": torch.float32}
+    leaves |= {"qsvft_base": torch.uint8, "qsvft_digest": torch.uint8}
+    if pattern == "top_k":
+        leaves["qsvft_entries"] = torch.int64
+    assert len(layers) == 14
+    assert {key: value.dtype for key, value in tensors.items()} == {
+        f"{layer}.{leaf}": dtype for layer in layers for leaf, dtype in leaves.items()
+    }
+
+
+def test_the_config_records_how_the_base_was_held(saved):
+    record = json.loads((saved[0] / CONFIG).read_text())["base"]
+    assert record["weights"] == [
+        {"bits": 4, "quant_type": "nf4", "double_quant": True, "block_size": 64, "dtype": "bfloat16"}
+    ]
+    assert set(record["versions"]) == {"qsvft", "torch", "transformers", "peft", "bitsandbytes"}
+
+
+def test_saving_twice_writes_the_same_bytes(llama, tmp_path):
+    model = randomize(qsvft.prepare(load(llama), bits=4))
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+
+# --- round trips -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sides", ["one", "both"])
+@pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_reloaded_adapter_has_the_same_outputs_bit_for_bit(llama, tmp_path, bits, pattern, sides):
+    model = qsvft.prepare(load(llama), bits=bits, pattern=pattern, sides=sides, off_diagonals=2, rank=24)
+    plain = logits(model)
+    expected = logits(randomize(model))
+    assert not torch.equal(plain, expected)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(llama, bits), tmp_path)
+    assert torch.equal(logits(again), expected)
+    assert same_tensors(coefficients(again), coefficients(model))
+
+
+@pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False}])
+def test_loading_options_do_not_change_the_adapter(llama, saved, options):
+    folder, expected, M = saved
+    model = PeftModel.from_pretrained(base(llama), folder, **options)
+    assert torch.equal(logits(model), expected)
+    assert same_tensors(coefficients(model), M)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_reloaded_adapter_is_frozen_unless_asked_for(llama, saved):
+    model = PeftModel.from_pretrained(base(llama), saved[0])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_trainable_reload_continues_training_M_alone(llama, saved, low_cpu_mem_usage):
+    model = PeftModel.from_pretrained(
+        base(llama), saved[0], is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(coefficients(model))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+    model.train()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    for name, M in coefficients(model).items():
+        assert M.dtype == torch.float32
+        assert not torch.equal(M, saved[2][name])
+
+
+def test_an_adapter_moves_between_a_model_loaded_in_4_bits_and_one_quantised_here(llama, saved, tmp_path):
+    folder, expected, M = saved
+    model = PeftModel.from_pretrained(by_transformers(llama), folder)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    back = PeftModel.from_pretrained(base(llama), tmp_path)
+    assert torch.equal(logits(back), expected)
+    assert same_tensors(coefficients(back), M)
+
+
+def test_two_adapters_are_saved_and_loaded_side_by_side(llama, tmp_path):
+    model = qsvft.prepare(load(llama), bits=4, adapter_name="a", off_diagonals=2)
+    model.add_adapter("b", QSVFTConfig(pattern="top_k", off_diagonals=1, rank=16, task_type="CAUSAL_LM"))
+    expected = {}
+    for seed, name in enumerate("ab"):
+        model.set_adapter(name)
+        expected[name] = logits(randomize(model, name, seed=seed))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(llama), tmp_path / "a", adapter_name="a")
+    again.load_adapter(tmp_path / "b", adapter_name="b")
+    for name in "ba":
+        again.set_adapter(name)
+        assert torch.equal(logits(again), expected[name])
+
+
+def test_a_trained_head_is_saved_and_restored_with_the_adapter(llama, tmp_path):
+    def classifier():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(llama, dtype=torch.bfloat16, num_labels=3)
+
+    model = qsvft.prepare(classifier(), bits=4, off_diagonals=2)
+    randomize(model)
+    head = next(p for name, p in model.named_parameters() if "score.modules_to_save.default" in name)
+    assert head.requires_grad
+    with torch.no_grad():
+        head.add_(1.0)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(qsvft.quantize(classifier(), 4, skip_modules=["score"]), tmp_path)
+    assert torch.equal(logits(again), expected)
+
+
+# --- a base that does not fit ----------------------------------------------------------------------
+
+WRONG_BASES = {
+    "another checkpoint": lambda llama, other: base(other),
+    "8 bits": lambda llama, other: base(llama, 8),
+    "16 bits": lambda llama, other: base(llama, 16),
+    "NF4 without double quantisation": lambda llama, other: by_transformers(llama, bnb_4bit_use_double_quant=False),
+    "FP4": lambda llama, other: by_transformers(llama, bnb_4bit_quant_type="fp4"),
+}
+FOUND = {
+    "another checkpoint": "'bits': 4",
+    "8 bits": "'bits': 8",
+    "16 bits": "'bits': 16",
+    "NF4 without double quantisation": "'double_quant': False",
+    "FP4": "'quant_type': 'fp4'",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_BASES)
+def test_a_base_other_than_the_adapters_is_refused_with_both_named(llama, other_llama, saved, kind):
+    model = WRONG_BASES[kind](llama, other_llama)
+    with pytest.raises(ValueError, match="this adapter does not fit the base model") as refusal:
+        PeftModel.from_pretrained(model, saved[0])
+    message = str(refusal.value)
+    assert message.startswith("model.layers.0.")
+    assert "expected at most 0.01" in message
+    assert "made on [{'bits': 4, 'quant_type': 'nf4', 'double_quant': True" in message
+    assert FOUND[kind] in message.split("the model holds")[1]
+    assert "Load it on the same checkpoint" in message
+
+
+def test_one_changed_weight_matrix_is_refused_by_its_name(llama, saved):
+    model = load(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(-1)
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: this adapter does not fit"):
+        PeftModel.from_pretrained(qsvft.quantize(model, 4), saved[0])
+
+
+def test_an_adapter_of_another_shape_is_refused_by_name_and_both_shapes(tmp_path, saved):
+    narrow = save_llama(tmp_path / "narrow", hidden_size=32, intermediate_size=48)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.\S+: the adapter's M is .* expected torch.float32 of shape"):
+        PeftModel.from_pretrained(base(narrow), saved[0])
+
+
+def test_an_adapter_with_more_layers_than_the_model_is_refused(tmp_path, saved):
+    shallow = save_llama(tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"layers\.1\..*no such adapted layer|target_modules: 'model.layers.1"):
+        PeftModel.from_pretrained(base(shallow), saved[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 16},
+        {"rank_pattern": {"q_proj": 8}},
+        {"pattern": "plain"},
+        {"off_diagonals": 3},
+        {"pattern": "random"},
+        {"pattern": "top_k"},
+        {"sides": "both"},
+        {"tail_damping": 0.9},
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_the_adapters_is_refused_with_the_layers_name(llama, adapter, changes):
+    edit_config(adapter, **changes)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.") as refusal:
+        PeftModel.from_pretrained(base(llama), adapter)
+    assert any(hint in str(refusal.value) for hint in ("the adapter again", "another model or config", "Load it on"))
+
+
+def test_another_seed_of_a_random_pattern_is_refused(llama, tmp_path):
+    randomize(qsvft.prepare(load(llama), bits=4, pattern="random", seed=1)).save_pretrained(tmp_path)
+    edit_config(tmp_path, seed=2)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\..*pattern \('random', seed 2\) does not come out the same"):
+        PeftModel.from_pretrained(base(llama), tmp_path)
+
+
+# --- a file that is damaged ------------------------------------------------------------------------
+
+LAYER = "base_model.model.model.layers.1.self_attn.v_proj"
+
+
+@pytest.mark.parametrize("leaf", ["qsvft_M", "qsvft_probe", "qsvft_base", "qsvft_digest"])
+def test_a_changed_value_is_refused_by_its_layers_name(llama, adapter, leaf):
+    def change(tensors):
+        tensor = tensors[f"{LAYER}.{leaf}"]
+        tensor[0] = tensor[0] + 1
+
+    edit(adapter, change)
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.self_attn\.v_proj: .*do not match their digest"):
+        PeftModel.from_pretrained(base(llama), adapter)
+
+
+@pytest.mark.parametrize("leaf", ["qsvft_M", "qsvft_probe", "qsvft_base", "qsvft_digest"])
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 5)], ids=str)
+def test_a_tensor_of_another_shape_is_refused_by_its_layers_name(llama, adapter, leaf, shape):
+    def change(tensors):
+        key = f"{LAYER}.{leaf}"
+        tensors[key] = torch.zeros(shape, dtype=tensors[key].dtype)
+
+    edit(adapter, change)
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.self_attn\.v_proj: "):
+        PeftModel.from_pretrained(base(llama), adapter)
+
+
+@pytest.mark.parametrize("leaf", ["qsvft_M", "qsvft_probe", "qsvft_base", "qsvft_digest"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8], ids=str)
+def test_a_tensor_of_another_dtype_is_refused_or_read_as_the_same_adapter(llama, adapter, saved, leaf, dtype):
+    edit(adapter, lambda tensors: tensors.update({f"{LAYER}.{leaf}": tensors[f"{LAYER}.{leaf}"].to(dtype)}))
+    assert refused_or_the_same(llama, adapter, saved[2])
+
+
+@pytest.mark.parametrize("leaf", ["qsvft_M", "qsvft_probe", "qsvft_base", "qsvft_digest"])
+def test_a_missing_record_is_refused_by_its_layers_name(llama, adapter, leaf):
+    edit(adapter, lambda tensors: tensors.pop(f"{LAYER}.{leaf}"))
+    with pytest.raises(ValueError, match=rf"^model\.layers\.1\.self_attn\.v_proj: .* has no {leaf} .*save the adapter"):
+        PeftModel.from_pretrained(base(llama), adapter)
+
+
+def test_a_missing_layer_is_refused_by_its_name(llama, adapter):
+    def change(tensors):
+        for key in [key for key in tensors if key.startswith(LAYER)]:
+            del tensors[key]
+
+    edit(adapter, change)
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.self_attn\.v_proj: the adapter file has no qsvft_M"):
+        PeftModel.from_pretrained(base(llama), adapter)
+
+
+def test_an_extra_layer_is_refused_by_its_name(llama, adapter):
+    edit(adapter, lambda tensors: tensors.update({"base_model.model.model.layers.7.up_proj.qsvft_M": torch.zeros(4)}))
+    with pytest.raises(ValueError, match=r"^model\.layers\.7\.up_proj: .*no such adapted layer .*another model"):
+        PeftModel.from_pretrained(base(llama), adapter)
+
+
+def test_top_k_entries_that_are_not_a_pattern_are_refused(llama, tmp_path):
+    randomize(qsvft.prepare(load(llama), bits=4, pattern="top_k", off_diagonals=2)).save_pretrained(tmp_path / "whole")
+    for number, bad in enumerate((-1, 10**9, "twice", "short", "float")):
+        adapter = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(number)))
+
+        def change(tensors, bad=bad):
+            key = f"{LAYER}.qsvft_entries"
+            entries = tensors[key].clone()
+            if bad == "twice":
+                entries[1] = entries[0]
+            elif bad == "short":
+                entries = entries[:-1].clone()
+            elif bad == "float":
+                entries = entries.double()
+            else:
+                entries[0] = bad
+            tensors[key] = entries
+
+        edit(adapter, change)
+        with pytest.raises(ValueError, match=r"^model\.layers\.1\.self_attn\.v_proj: .*entries are not usable"):
+            PeftModel.from_pretrained(base(llama), adapter)
+
+
+def test_M_that_is_not_finite_is_refused_or_loads_as_it_was_saved(llama, tmp_path):
+    """A diverged run can be saved; nothing about it changes on the way."""
+    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+    randomize(model, scale=float("inf")).save_pretrained(tmp_path)
+    assert refused_or_the_same(llama, tmp_path, coefficients(model))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 100, -1, -1000])
+def test_a_truncated_weight_file_is_refused_by_its_path(llama, adapter, size):
+    content = (adapter / WEIGHTS).read_bytes()
+    (adapter / WEIGHTS).write_bytes(content[:size])
+    with pytest.raises(ValueError, match="not a whole safetensors file .* save the adapter again") as refusal:
+        PeftModel.from_pretrained(base(llama), adapter)
+    assert str(adapter / WEIGHTS) in str(refusal.value)
+    assert f"found {len(content[:size])} bytes" in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 99, b"\xff" * 64, b"PK\x03\x04" + b"\x00" * 200])
+def test_a_garbage_weight_file_is_refused_by_its_path(llama, adapter, content):
+    (adapter / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not a whole safetensors file"):
+        PeftModel.from_pretrained(base(llama), adapter)
+
+
+@pytest.mark.parametrize("content", ["", "{", "not json"])
+def test_a_broken_config_is_refused_by_its_path(llama, adapter, content):
+    (adapter / CONFIG).write_text(content)
+    with pytest.raises(ValueError, match=r"adapter_config\.json.* not valid JSON"):
+        PeftModel.from_pretrained(base(llama), adapter)
+
+
+def test_a_refused_adapter_leaves_the_model_with_its_first_adapter_working(llama, other_llama, saved, tmp_path):
+    foreign = tmp_path / "foreign"
+    randomize(qsvft.prepare(load(other_llama), bits=4, off_diagonals=2)).save_pretrained(foreign)
+    model = PeftModel.from_pretrained(base(llama), saved[0])
+    with pytest.raises(ValueError, match="does not fit the base model"):
+        model.load_adapter(foreign, adapter_name="second")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), saved[1])
+
+
+def refused_or_the_same(llama, adapter, M):
+    """Whether loading raises ValueError or gives bitwise these coefficients."""
+    try:
+        model = PeftModel.from_pretrained(small_base(llama), adapter)
+    except ValueError:
+        return True
+    return same_tensors(coefficients(model), M)
+
+
+def small_base(llama):
+    return base(llama)
+
+
+def test_random_byte_flips_are_refused_or_harmless(llama, tmp_path):
+    """Every flip ends in ValueError or in bitwise the same adapter: never in another adapter."""
+    target = ["layers.0.self_attn.k_proj", "layers.1.mlp.down_proj"]
+    options = {"target_modules": target, "off_diagonals": 1, "rank": 12, "pattern": "top_k"}
+    model = randomize(qsvft.prepare(load(llama), bits=16, **options))
+    model.save_pretrained(tmp_path)
+    M, whole = coefficients(model), (tmp_path / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    fresh, refused = load(llama), 0
+    for seed in range(300):
+        draw = random.Random(seed)
+        damaged = bytearray(whole)
+        reach = (8, header, len(whole))[seed % 3]
+        for _ in range(draw.randint(1, 3)):
+            damaged[draw.randrange(reach)] ^= draw.randrange(1, 256)
+        (tmp_path / WEIGHTS).write_bytes(damaged)
+        try:
+            loaded = PeftModel.from_pretrained(fresh, tmp_path)
+        except ValueError:
+            refused += 1
+            fresh = load(llama)
+            continue
+        assert same_tensors(coefficients(loaded), M), f"flips of seed {seed} gave another adapter"
+        fresh = loaded.unload()
+    assert refused > 200
+
+
+# --- a crash while saving --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "midway"])
+def test_a_crash_while_the_weights_are_written_leaves_the_old_adapter_whole(llama, saved, adapter, monkeypatch, when):
+    model = PeftModel.from_pretrained(base(llama), saved[0], is_trainable=True)
+    randomize(model, seed=77)
+
+    def crash(tensors, filename, *_, **__):
+        if when == "midway":
+            with open(filename, "wb") as file:
+                file.write(b"half of a file")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.peft_model, "safe_save_file", crash)
+        with pytest.raises(OSError, match="disk full"):
+            model.save_pretrained(adapter)
+    again = PeftModel.from_pretrained(base(llama), adapter)
+    assert same_tensors(coefficients(again), saved[2])
+    assert torch.equal(logits(again), saved[1])
+
+
+def test_a_process_killed_while_it_saves_in_a_loop_leaves_a_whole_adapter(llama, tmp_path):
+    code = (
+        "import sys, torch, qsvft, transformers\n"
+        "transformers.utils.logging.disable_progress_bar()\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)\n"
+        "model = qsvft.prepare(model, bits=4, off_diagonals=16)\n"
+        "while True:\n"
+        "    model.save_pretrained(sys.argv[2])\n"
+        "    print('saved', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(llama), str(tmp_path / "adapter")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        assert process.stdout.readline() == b"saved\n", process.stderr.read().decode()
+        process.send_signal(signal.SIGSTOP)
+        fresh = load(llama)
+        for _ in range(12):
+            process.send_signal(signal.SIGCONT)
+            time.sleep(random.uniform(0.001, 0.03))
+            process.send_signal(signal.SIGSTOP)
+            copy = tmp_path / "copy"
+            shutil.copytree(tmp_path / "adapter", copy)
+            PeftModel.from_pretrained(qsvft.quantize(fresh, 4), copy)
+            shutil.rmtree(copy)
+            fresh = load(llama)
+        os.kill(process.pid, signal.SIGKILL)
+    PeftModel.from_pretrained(base(llama), tmp_path / "adapter")
