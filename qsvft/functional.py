@@ -98,7 +98,10 @@ def sparse_update(
         return base + (a.sum() * 0 + values.sum() * 0).to(base.dtype)
     h = to_coefficients(a.reshape(-1, a.shape[-1]), inward)
     z = pattern.product(h, values, scale, scale_side)
-    return from_coefficients(base.reshape(-1, base.shape[-1]), z, outward).reshape(base.shape)
+    if base.is_contiguous():
+        return from_coefficients(base.view(-1, base.shape[-1]), z, outward).view(base.shape)
+    # Keeps base's strides: another layout may take W's product on another path, with other roundings.
+    return base + from_coefficients(z.new_zeros(1), z, outward).view(base.shape).to(base.dtype)
 
 
 def two_sided_update(y: Tensor, x: Tensor, U: Tensor, V: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
@@ -134,4 +137,6 @@ def bounded_inverse(s: Tensor, rms: Tensor, tail_damping: float) -> Tensor:
     """
     floor = rms * max(tail_damping, 1e-7)
     bounded = torch.maximum(s, floor)
-    return torch.where(bounded > 0, 1 / bounded, torch.zeros_like(bounded))
+    # Below the smallest normal number 1/s would overflow: such a weight is zero for every purpose.
+    usable = bounded > torch.finfo(bounded.dtype).tiny
+    return torch.where(usable, 1 / bounded, torch.zeros_like(bounded))

@@ -61,7 +61,7 @@ def quantize(
     if bits == 16:
         return model
 
-    targets, skipped = _partition_linears(model, skip_modules or [])
+    targets, skipped = partition_linears(model, skip_modules or [])
     dtypes: set[torch.dtype] = set()
     for name in targets:
         layer = model.get_submodule(name)
@@ -73,7 +73,7 @@ def quantize(
         model.set_submodule(name, _quantized_layer(model.get_submodule(name), bits, done))
     disable_cpu_repacking(model)
     if isinstance(model, PreTrainedModel):
-        _set_flags(model, bits, dtypes.pop() if len(dtypes) == 1 else torch.bfloat16, skipped)
+        set_flags(model, bits, dtypes.pop() if len(dtypes) == 1 else torch.bfloat16, skipped)
     return model
 
 
@@ -163,6 +163,18 @@ def dense_weight(layer: nn.Module) -> Tensor | None:
         return layer.weight.detach().t()
     if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
         return layer.weight.detach()
+    return None
+
+
+def product_without_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """W x without the layer's bias, differentiable; None for a layer type not known here."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        inner = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
+        return bnb.matmul_4bit(inner, layer.weight, quant_state=layer.weight.quant_state).to(x.dtype)
+    if isinstance(layer, Conv1D):
+        return x @ layer.weight
+    if type(layer) is nn.Linear:
+        return nn.functional.linear(x, layer.weight)
     return None
 
 
@@ -265,7 +277,7 @@ def dequantize(model: nn.Module) -> nn.Module:
 # --- in place -------------------------------------------------------------------------------------
 
 
-def _partition_linears(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
+def partition_linears(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
     """Names of the linears to quantise, and of those to leave as they are."""
     keep_fp32 = getattr(model, "_keep_in_fp32_modules", None) or []
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -311,7 +323,7 @@ def _quantized_layer(layer: Any, bits: int, done: dict[int, nn.Parameter]) -> nn
     return cast(nn.Module, new)
 
 
-def _set_flags(model: PreTrainedModel, bits: int, dtype: torch.dtype, skipped: list[str]) -> None:
+def set_flags(model: PreTrainedModel, bits: int, dtype: torch.dtype, skipped: list[str]) -> None:
     from transformers.quantizers import AutoHfQuantizer
 
     if bits == 4:

@@ -18,7 +18,7 @@ def save_llama(folder: Path, seed: int = 0, **changes) -> Path:
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -180,7 +180,9 @@ def test_dtypes_stay_z_in_that_of_h_and_the_gradient_of_M_in_that_of_M(pattern, 
     assert (z.dtype, grad_h.dtype, grad_values.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("pattern", [plain(7), banded(7, 2), random_entries(7, 2, "0")], ids=["plain", "banded", "random"])
+@pytest.mark.parametrize(
+    "pattern", [plain(7), banded(7, 2), random_entries(7, 2, "0")], ids=["plain", "banded", "random"]
+)
 @SCALES
 def test_gradcheck(pattern, scale_side):
     parts = ingredients(pattern, 4, torch.float64)

@@ -10,7 +10,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..quantization import _partition_linears, _set_flags
+from ..quantization import partition_linears, set_flags
 
 BLOCK, NESTED_BLOCK = 64, 256
 
@@ -30,10 +30,10 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -
 
 def nf4_on_meta(model: PreTrainedModel) -> PreTrainedModel:
     """Give the linears the shapes that ``qsvft.quantize(model, bits=4)`` gives them."""
-    targets, skipped = _partition_linears(model, [])
+    targets, skipped = partition_linears(model, [])
     for name in targets:
         model.set_submodule(name, _nf4_layer(model.get_submodule(name)))
-    _set_flags(model, 4, torch.bfloat16, skipped)
+    set_flags(model, 4, torch.bfloat16, skipped)
     return model
 
 

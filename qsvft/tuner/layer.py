@@ -30,7 +30,7 @@ from .. import patterns
 from ..decomposition import Sides, small_side
 from ..factors import Factors, make_factors, needed_sides
 from ..functional import bounded_inverse, input_side_update, output_side_update, two_sided_update
-from ..quantization import check_weight, dense_layer, dense_weight, weight_digest
+from ..quantization import check_weight, dense_layer, dense_weight, product_without_bias, weight_digest
 from .config import QSVFTConfig
 from .parameter import Float32Parameter
 from .probe import TOLERANCE, fixed_noise, relative_difference, sketch
@@ -206,12 +206,11 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
             if self._form(name) == "input":
                 inner = self._updated(name, inner, x)
         y = self._base(inner, *args, **kwargs)
-        result = y
+        result, wx = y, None
         for name in active:
             form = self._form(name)
             if form == "output":
-                bias = getattr(self.original_base(), "bias", None)
-                wx = y - bias.to(y.dtype) if isinstance(bias, Tensor) else y
+                wx = self._without_bias(x, y) if wx is None else wx
                 result = self._updated(name, result, wx)
             elif form == "both":
                 result = self._updated(name, result, x)
@@ -221,6 +220,15 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         return result
 
+    def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
+        """W x for the output side. y - b would do, but y was rounded where the bias may be large (Qwen's is), and
+        M's gradient would read that rounding; so a layer with a bias takes a product of its own."""
+        bias = getattr(self.base_layer, "bias", None)
+        if not isinstance(bias, Tensor):
+            return y
+        wx = product_without_bias(self.base_layer, x)
+        return y - bias.to(y.dtype) if wx is None else wx
+
     def _form(self, adapter: str) -> str:
         if self.settings[adapter].sides == "both":
             return "both"
@@ -229,7 +237,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
     def _updated(self, adapter: str, base: Tensor, a: Tensor) -> Tensor:
         """base plus the adapter's update of a, computed in the compute dtype (autocast's if active)."""
         kind = a.device.type
-        if not torch.is_autocast_enabled(kind):
+        if a.is_meta or not torch.is_autocast_enabled(kind):
             return self._apply_form(adapter, base, a)
         compute = torch.get_autocast_dtype(kind) if a.dtype == torch.float32 else a.dtype
         with torch.autocast(kind, enabled=False):

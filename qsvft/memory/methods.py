@@ -1,0 +1,178 @@
+"""The methods that the profiler compares, each built through its own package.
+
+A method is written ``name``, ``name:64`` (a rank) or ``name:key=value,key=value``.
+
+===============  ==============================================================================
+floor            NF4 base, no adapter: what no method can beat
+full             full fine-tuning in bf16
+lora             PEFT's LoRA on a bf16 base, rank 16 on all linears
+qlora            the same on an NF4 base
+qlora-kbit       the same after PEFT's prepare_model_for_kbit_training, as most tutorials do
+dora, vera, boft PEFT's, on a bf16 base
+svft             plain SVFT: U, s, V in bf16 at full rank in place of W, diagonal M
+svft-authors     SVFT with the dense W' = U (S + M) Vᵀ rebuilt in each forward
+qsvft            this package's default: NF4 base, one factor, banded M with 8 off-diagonals
+===============  ==============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import (
+    BOFTConfig,
+    LoraConfig,
+    PeftConfig,
+    VeraConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..quantization import quantize
+from ..shapes_only import shapes_only
+from ..tuner.config import QSVFTConfig
+from .factored import factor_linears
+from .shapes import nf4_on_meta
+
+DEFAULT_METHODS = ("floor", "lora", "qlora", "qlora-kbit", "svft", "svft-authors", "qsvft", "full")
+
+_INTEGERS = ("rank", "off_diagonals", "seed")
+_QSVFT_OPTIONS = ("rank", "pattern", "off_diagonals", "sides", "tail_damping", "seed", "bits")
+_RANKED = {"lora": 16, "qlora": 16, "qlora-kbit": 16, "dora": 16, "vera": 256, "boft": 4}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A parsed method: ``label`` is what the user wrote."""
+
+    label: str
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def bits(self) -> int:
+        """How the base is held."""
+        if self.name == "qsvft":
+            return int(self.options.get("bits", 4))
+        return 4 if self.name in ("floor", "qlora", "qlora-kbit") else 16
+
+
+def parse_method(text: str) -> Method:
+    """Parse ``qlora:64`` or ``qsvft:rank=1024,pattern=plain``.
+
+    Raises:
+        ValueError: one line naming what was found and what is allowed.
+    """
+    name, _, rest = text.partition(":")
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(_BUILDERS)}")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            key, value = "rank", key
+        options[key] = _value(text, name, key, value)
+    return Method(text, name, options)
+
+
+def _value(text: str, name: str, key: str, value: str) -> Any:
+    allowed = _QSVFT_OPTIONS if name == "qsvft" else (("rank",) if name in _RANKED else ())
+    if key not in allowed:
+        what = ", ".join(allowed) if allowed else "no options"
+        raise ValueError(f"method {text!r}: unknown option {key!r}; {name} takes {what}")
+    if key == "rank" and value == "full" and name == "qsvft":
+        return None
+    if key in _INTEGERS or key == "bits":
+        if not value.isdigit() or (key == "rank" and int(value) < 1):
+            raise ValueError(f"method {text!r}: {key} must be a whole number of at least 1, got {value!r}")
+        return int(value)
+    if key == "tail_damping":
+        try:
+            return float(value)
+        except ValueError as error:
+            raise ValueError(f"method {text!r}: tail_damping must be a number, got {value!r}") from error
+    return value
+
+
+def build(method: Method, model: PreTrainedModel) -> nn.Module:
+    """Turn a frozen bf16 model (on meta or real) into one that the method trains, in place."""
+    meta = next(model.parameters()).is_meta
+    if method.bits == 4:
+        model = nf4_on_meta(model) if meta else _quantized(model)
+    with shapes_only():
+        built = _BUILDERS[method.name](method, model)
+    return built.to("meta") if meta else built
+
+
+def _quantized(model: PreTrainedModel) -> PreTrainedModel:
+    quantize(model, 4, progress=False)
+    return model
+
+
+def _floor(method: Method, model: PreTrainedModel) -> nn.Module:
+    # Something has to ask for gradients, or there is no backward to count.
+    model.enable_input_require_grads()
+    return model
+
+
+def _full(method: Method, model: PreTrainedModel) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _peft(make: Callable[[int], PeftConfig], kbit: bool = False) -> Callable[[Method, PreTrainedModel], nn.Module]:
+    def builder(method: Method, model: PreTrainedModel) -> nn.Module:
+        if kbit:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        return get_peft_model(model, make(method.options.get("rank", _RANKED[method.name])))
+
+    return builder
+
+
+def _lora(rank: int) -> PeftConfig:
+    return LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+
+
+def _dora(rank: int) -> PeftConfig:
+    return LoraConfig(r=rank, target_modules="all-linear", lora_dropout=0.0, use_dora=True, task_type="CAUSAL_LM")
+
+
+def _vera(rank: int) -> PeftConfig:
+    return VeraConfig(r=rank, target_modules="all-linear", vera_dropout=0.0, task_type="CAUSAL_LM")
+
+
+def _boft(rank: int) -> PeftConfig:
+    return BOFTConfig(boft_block_size=rank, target_modules="all-linear", boft_dropout=0.0, task_type="CAUSAL_LM")
+
+
+def _svft(method: Method, model: PreTrainedModel) -> nn.Module:
+    return factor_linears(model, rebuild=False)
+
+
+def _authors(method: Method, model: PreTrainedModel) -> nn.Module:
+    return factor_linears(model, rebuild=True)
+
+
+def _qsvft(method: Method, model: PreTrainedModel) -> nn.Module:
+    options = {key: value for key, value in method.options.items() if key != "bits"}
+    return get_peft_model(model, QSVFTConfig(task_type="CAUSAL_LM", **options))
+
+
+_BUILDERS: dict[str, Callable[[Method, PreTrainedModel], nn.Module]] = {
+    "floor": _floor,
+    "full": _full,
+    "lora": _peft(_lora),
+    "qlora": _peft(_lora),
+    "qlora-kbit": _peft(_lora, kbit=True),
+    "dora": _peft(_dora),
+    "vera": _peft(_vera),
+    "boft": _peft(_boft),
+    "svft": _svft,
+    "svft-authors": _authors,
+    "qsvft": _qsvft,
+}
+
+METHODS = tuple(_BUILDERS)

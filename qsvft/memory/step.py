@@ -1,0 +1,144 @@
+"""One training step under the ledger: forward, loss, backward, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..prepare import enable_checkpointing
+from .ledger import Ledger
+from .methods import Method, build
+from .shapes import empty_model
+
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
+_FACTORS = ("qsvft_U", "qsvft_V", "qsvft_s", "qsvft_rms")
+
+
+def count_step(
+    config: PretrainedConfig,
+    method: Method,
+    batch_size: int,
+    seq_len: int,
+    gradient_checkpointing: bool = True,
+    optimizer: str = "adamw",
+) -> tuple[Ledger, int]:
+    """Count one training step of a method on the meta device.
+
+    Returns:
+        The ledger, and the number of trainable parameters.
+    """
+    base = empty_model(config)
+    head = base.get_output_embeddings()
+    model = build(method, base)
+    return count_on(model, base, head, batch_size, seq_len, gradient_checkpointing, optimizer)
+
+
+def count_on(
+    model: nn.Module,
+    base: PreTrainedModel,
+    head: nn.Module,
+    batch_size: int,
+    seq_len: int,
+    gradient_checkpointing: bool,
+    optimizer: str,
+) -> tuple[Ledger, int]:
+    """Count one training step of a model that is built already, on meta or on real tensors."""
+    base.config.use_cache = False
+    if gradient_checkpointing:
+        enable_checkpointing(base)
+    else:
+        _checkpointing_off(base)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    stepper = make_optimizer(optimizer, trainable)
+    if stepper is not None:
+        _fill_state(stepper, trainable)
+    device = next(model.parameters()).device
+    tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
+    ledger = Ledger()
+    for tensor, category in held_tensors(model):
+        ledger.register(tensor, category)
+    if stepper is not None:
+        for state in stepper.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    ledger.register(value, "optimizer")
+    ledger.register(tokens, "temporaries")
+    with ledger, ledger.watch(model, head):
+        ledger.phase = "forward"
+        output = model(input_ids=tokens, labels=tokens)
+        loss = output.loss
+        if loss is None:
+            raise ValueError(f"{type(base).__name__} returns no loss for labels; expected a causal language model")
+        del output
+        ledger.phase = "backward"
+        loss.backward()
+        for parameter in trainable:
+            if parameter.grad is not None:
+                ledger.register(parameter.grad, "gradients")
+        ledger.loss_region = False
+        ledger.phase = "optimizer"
+        if stepper is not None:
+            stepper.step()
+    return ledger, sum(p.numel() for p in trainable)
+
+
+def make_optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+    """The optimizer by name, with ``foreach`` off, so that its temporaries are one parameter's."""
+    if not parameters:
+        return None
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=0.0, foreach=False)
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=0.0)
+    return torch.optim.AdamW(parameters, lr=0.0, foreach=False)
+
+
+def _fill_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Step once on zero gradients, so that the counted step finds the optimizer's state there."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _checkpointing_off(base: PreTrainedModel) -> None:
+    if hasattr(base, "activation_checkpointing_disable"):
+        base.activation_checkpointing_disable()
+    else:
+        base.gradient_checkpointing_disable()
+
+
+def held_tensors(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
+    """Every tensor that a model holds, quantisation states included, with its category."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield parameter, "trainable"
+        else:
+            yield parameter, "base weights" if _is_matrix(name, parameter) else "other weights"
+        yield from ((tensor, "base weights") for tensor in _quant_state(parameter))
+    for name, buffer in model.named_buffers():
+        leaf = name.split(".")[-1]
+        yield buffer, "factors" if leaf in (*_FACTORS, "U", "s", "V") else "other weights"
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    embedding = any(part in name for part in ("embed", "lm_head"))
+    return parameter.dim() == 2 and not embedding
+
+
+def _quant_state(parameter: Any) -> list[Tensor]:
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return []
+    nested = state.state2
+    tensors = [state.absmax, state.code, state.offset]
+    if nested is not None:
+        tensors += [nested.absmax, nested.code]
+    return [t for t in tensors if isinstance(t, Tensor)]

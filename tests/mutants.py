@@ -1,0 +1,366 @@
+"""Deliberate bugs: each changes one line of a copy of the package, and some test must notice.
+
+    python tests/mutants.py                   all of them, some minutes on two cores
+    python tests/mutants.py --only damping    those with this word in their name
+
+Exit code 1 if a mutant survives, if the tests fail without any, or if a run breaks in another way
+than by a failing test. ``tests/test_mutants.py`` checks that every line to be changed is still there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Stops the run (exit code 4) if the tests would import another qsvft than the copy.
+GUARD = """
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config):
+    import qsvft
+
+    if Path(qsvft.__file__).resolve().parents[1] != Path(__file__).resolve().parent:
+        raise pytest.UsageError(f"the tests import {qsvft.__file__}, not the mutated copy")
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: in ``file`` (under qsvft/) ``old``, found exactly once, becomes ``new``; ``tests`` must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def apply(self, package: Path) -> None:
+        """Write the bug into a copy of the package."""
+        path = package / self.file
+        source = path.read_text(encoding="utf-8")
+        if (count := source.count(self.old)) != 1:
+            raise ValueError(f"{self.name}: expected the text once in qsvft/{self.file}, found it {count} times")
+        path.write_text(source.replace(self.old, self.new), encoding="utf-8")
+
+
+MUTANTS = (
+    Mutant(
+        "update subtracted instead of added",
+        "functional.py",
+        "return torch.addmm(base, z, factor.to(z.dtype))",
+        "return torch.addmm(base, z, factor.to(z.dtype), alpha=-1)",
+        ("test_functional.py",),
+    ),
+    Mutant(
+        "damping missing in the scale",
+        "functional.py",
+        "floor = rms * max(tail_damping, 1e-7)",
+        "floor = rms * 1e-7",
+        ("test_functional.py",),
+    ),
+    Mutant(
+        "scale on the rows of M on the output side",
+        "functional.py",
+        'U, U, values, pattern, inverse_s, "columns")',
+        'U, U, values, pattern, inverse_s, "rows")',
+        ("test_functional.py",),
+    ),
+    Mutant(
+        "factor kept for the backward in a cast copy",
+        "functional.py",
+        "ctx.save_for_backward(factor)\n        return a @",
+        "ctx.save_for_backward(factor.to(a.dtype))\n        return a @",
+        ("test_functional.py",),
+    ),
+    Mutant(
+        "factor turned over in the gradient of the activation",
+        "functional.py",
+        "return (g @ factor.to(g.dtype) if",
+        "return (g @ factor.flip(0).to(g.dtype) if",
+        ("test_functional.py",),
+    ),
+    Mutant(
+        "band not transposed in the backward",
+        "coefficients.py",
+        "padded = F.pad(band.flip(1), (0, 0,",
+        "padded = F.pad(band, (0, 0,",
+        ("test_coefficients.py",),
+    ),
+    Mutant(
+        "gradient of a banded M skipped",
+        "coefficients.py",
+        "grad_values = values_from_band(grad_band, d).to(values.dtype)",
+        "grad_values = torch.zeros_like(values)",
+        ("test_coefficients.py",),
+    ),
+    Mutant(
+        "gradient of M from the last tokens alone",
+        "coefficients.py",
+        "total = part if total is None else total + part",
+        "total = part",
+        ("test_coefficients.py",),
+    ),
+    Mutant(
+        "gradient of M summed in the activation's dtype",
+        "coefficients.py",
+        "return torch.float64 if dtype == torch.float64 else torch.float32",
+        "return dtype",
+        ("test_coefficients.py",),
+    ),
+    Mutant(
+        "rows and columns of the band's scale exchanged",
+        "coefficients.py",
+        'if side == "rows":',
+        'if side == "columns":',
+        ("test_coefficients.py",),
+    ),
+    Mutant(
+        "rows and columns of the entries' scale exchanged",
+        "coefficients.py",
+        'if side == "rows" else columns]',
+        'if side == "columns" else columns]',
+        ("test_coefficients.py",),
+    ),
+    Mutant(
+        "top-k takes the smallest entries",
+        "patterns.py",
+        "descending=True",
+        "descending=False",
+        ("test_patterns.py",),
+    ),
+    Mutant(
+        "random pattern forgets its seed",
+        "patterns.py",
+        "random.Random(seed)",
+        'random.Random("")',
+        ("test_patterns.py",),
+    ),
+    Mutant(
+        "sign rule dropped",
+        "decomposition.py",
+        "basis = (basis * _signs(basis).unsqueeze(1)).contiguous()",
+        "basis = basis.contiguous()",
+        ("test_decomposition.py",),
+    ),
+    Mutant(
+        "signs turned on one of two factors",
+        "decomposition.py",
+        "(V * signs).contiguous())",
+        "V.contiguous())",
+        ("test_decomposition.py",),
+    ),
+    Mutant(
+        "the larger side chosen",
+        "decomposition.py",
+        'return "input" if n <= m else "output"',
+        'return "input" if n >= m else "output"',
+        ("test_decomposition.py", "test_factors.py"),
+    ),
+    Mutant(
+        "rms over the larger side",
+        "factors.py",
+        "/ min(W.shape) ** 0.5",
+        "/ max(W.shape) ** 0.5",
+        ("test_factors.py",),
+    ),
+    Mutant(
+        "scale of the vectors before rounding",
+        "factors.py",
+        "s = torch.linalg.vector_norm(product @ small.double().T, dim=0)",
+        "s = parts.s",
+        ("test_factors.py",),
+    ),
+    Mutant(
+        "repacking of 4-bit weights left on",
+        "quantization.py",
+        "module.support_avx512bf16_for_cpu = False",
+        "pass",
+        ("test_quantization.py",),
+    ),
+    Mutant(
+        "Conv1D weights read without turning them",
+        "quantization.py",
+        "return layer.weight.detach().t()",
+        "return layer.weight.detach()",
+        ("test_quantization.py",),
+    ),
+    Mutant(
+        "output head quantised as well",
+        "quantization.py",
+        "left_alone = module is head or",
+        "left_alone =",
+        ("test_quantization.py",),
+    ),
+    Mutant(
+        "NaN in a weight let through",
+        "quantization.py",
+        "bad = int((~torch.isfinite(weight.detach())).sum())",
+        "bad = 0",
+        ("test_quantization.py",),
+    ),
+    Mutant(
+        "M cast with the model",
+        "tuner/parameter.py",
+        "if value.dtype != torch.float32:",
+        "if value.is_meta:",
+        ("tuner/test_parameter.py",),
+    ),
+    Mutant(
+        "new values of M ignored",
+        "tuner/parameter.py",
+        "if torch.equal(moved.to(value.dtype), value):",
+        "if moved.shape == value.shape:",
+        ("tuner/test_parameter.py",),
+    ),
+    Mutant(
+        "probe accepts everything",
+        "tuner/probe.py",
+        "TOLERANCE = 1e-2",
+        "TOLERANCE = math.inf",
+        ("tuner/test_probe.py",),
+    ),
+    Mutant(
+        "layer ignores its damping",
+        "tuner/layer.py",
+        "damping = self.settings[adapter].tail_damping",
+        "damping = 0.0",
+        ("tuner/test_probe.py",),
+    ),
+    Mutant(
+        "bias fed to the output side",
+        "tuner/layer.py",
+        "if not isinstance(bias, Tensor):\n            return y",
+        "if True:\n            return y",
+        ("tuner/test_layer.py",),
+    ),
+    Mutant(
+        "merging forgets W",
+        "tuner/layer.py",
+        "merged = self.original_weight().float()",
+        "merged = torch.zeros_like(self.original_weight().float())",
+        ("tuner/test_layer.py",),
+    ),
+    Mutant(
+        "loading accepts an adapter of another base",
+        "tuner/adapter_file.py",
+        "if not difference <= TOLERANCE:",
+        "if False:",
+        ("tuner/test_saving.py",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``caught_by`` names the first test that failed; ``trouble`` says what else went wrong."""
+
+    caught_by: str | None
+    trouble: str | None
+    seconds: float
+
+
+def run(mutant: Mutant | None, tests: tuple[str, ...]) -> Outcome:
+    """Run test files against a copy of the package, with one bug or with none."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="qsvft-mutant-") as folder:
+        copy = Path(folder)
+        leave = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(ROOT / "qsvft", copy / "qsvft", ignore=leave)
+        shutil.copytree(ROOT / "tests", copy / "tests", ignore=leave)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "copy_guard.py").write_text(GUARD, encoding="utf-8")
+        if mutant is not None:
+            mutant.apply(copy / "qsvft")
+        process = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "copy_guard", "-p", "no:cacheprovider"]
+            + [f"tests/{name}" for name in tests],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    output = process.stdout + process.stderr
+    failed = re.search(r"^FAILED tests/(\S+)", output, re.MULTILINE)
+    caught_by = failed.group(1) if process.returncode == 1 and failed else None
+    trouble = None if process.returncode == 0 or caught_by else "\n".join(output.splitlines()[-25:])
+    return Outcome(caught_by, trouble, time.monotonic() - start)
+
+
+def run_all(mutants: list[Mutant], jobs: int) -> Iterator[tuple[Mutant, Outcome]]:
+    """Each mutant with its outcome, as they finish."""
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = {pool.submit(run, mutant, mutant.tests): mutant for mutant in mutants}
+        for future in as_completed(pending):
+            yield pending[future], future.result()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run only mutants with this text in their name")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time (default 2)")
+    arguments = parser.parse_args()
+    console = Console()
+    mutants = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    if not mutants:
+        console.print(f"[red]no mutant has '{arguments.only}' in its name[/red]")
+        return 1
+
+    files = tuple(sorted({name for mutant in mutants for name in mutant.tests}))
+    console.print(f"without a bug: {len(files)} test files must pass ...")
+    baseline = run(None, files)
+    if baseline.caught_by or baseline.trouble:
+        console.print(f"[red]the tests fail without any mutant:[/red] {baseline.caught_by or ''}")
+        console.print(baseline.trouble or "", markup=False)
+        return 1
+
+    console.print(f"they pass ({baseline.seconds:.0f} s); {len(mutants)} mutants ...")
+    outcomes: dict[str, Outcome] = {}
+    for mutant, outcome in run_all(mutants, arguments.jobs):
+        outcomes[mutant.name] = outcome
+        verdict = "broken" if outcome.trouble else "caught" if outcome.caught_by else "SURVIVED"
+        console.print(f"{len(outcomes):3}/{len(mutants)}  {verdict:8}  {mutant.name} ({outcome.seconds:.0f} s)")
+    return report(console, mutants, outcomes)
+
+
+def report(console: Console, mutants: list[Mutant], outcomes: dict[str, Outcome]) -> int:
+    """Print the table; 1 if a mutant survived or a run broke."""
+    table = Table(title="Mutants", header_style="bold")
+    for heading in ("bug", "in", "caught by"):
+        table.add_column(heading, overflow="fold")
+    caught = 0
+    for mutant in mutants:
+        outcome = outcomes[mutant.name]
+        caught += outcome.caught_by is not None
+        verdict = "[red]run broke[/red]" if outcome.trouble else "[red]nothing: it survives[/red]"
+        cell = verdict if outcome.caught_by is None else outcome.caught_by.split("::")[-1].replace("[", r"\[")
+        table.add_row(mutant.name, mutant.file, cell)
+    console.print(table)
+    for mutant in mutants:
+        if trouble := outcomes[mutant.name].trouble:
+            console.print(f"[red]{mutant.name}[/red]")
+            console.print(trouble, markup=False)
+    console.print(f"{caught} of {len(mutants)} caught")
+    return 0 if caught == len(mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Training through Trainer, TRL, accelerate and torch.compile, generation, and what stays in memory."""
+
+import gc
+import json
+import socket
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from small_models import coefficients, load, logits, randomize, same_tensors, state, tokens
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+import qsvft
+from qsvft.tuner import QSVFTLinear
+
+SCRIPTS = Path(__file__).parent / "scripts"
+COMMON = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+    "seed": 3,
+}
+
+
+def rows(count=16):
+    return [{"input_ids": row, "labels": row} for row in tokens(count, 10, seed=4)]
+
+
+def trainer(model, folder, **options):
+    arguments = TrainingArguments(output_dir=str(folder), **{**COMMON, "max_steps": 4, **options})
+    return Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows(4))
+
+
+def trained(llama, folder, **options):
+    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+    trainer(model, folder, **options).train()
+    return model
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama, tmp_path_factory):
+    """M after four steps without evaluation or interruption."""
+    return coefficients(trained(llama, tmp_path_factory.mktemp("uninterrupted")))
+
+
+def test_trainer_moves_M_alone_and_lowers_the_loss(llama, tmp_path):
+    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+    before = state(model)
+    run = trainer(model, tmp_path, max_steps=12)
+    start = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < 0.9 * start
+    after = state(model)
+    assert {name for name in after if not torch.equal(before[name], after[name])} == set(coefficients(model))
+
+
+def test_evaluating_between_steps_changes_no_bit_of_M(llama, tmp_path, uninterrupted):
+    """On CPUs with AVX512-BF16 an eval forward of bitsandbytes repacks 4-bit weights in place."""
+    model = trained(llama, tmp_path, eval_strategy="steps", eval_steps=1)
+    assert same_tensors(coefficients(model), uninterrupted)
+    assert all(M.any() for M in uninterrupted.values())
+
+
+def test_a_resumed_run_ends_with_bitwise_the_same_M(llama, tmp_path, uninterrupted):
+    trained(llama, tmp_path, save_strategy="steps", save_steps=2)
+    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+    trainer(model, tmp_path, save_strategy="steps", save_steps=2).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+    assert same_tensors(coefficients(model), uninterrupted)
+
+
+def test_a_checkpoint_of_the_trainer_is_an_adapter(llama, tmp_path):
+    model = trained(llama, tmp_path, save_strategy="steps", save_steps=4)
+    again = PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path / "checkpoint-4")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(llama, tmp_path):
+    every_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+    run = trainer(model, tmp_path, load_best_model_at_end=True, learning_rate=0.5, **every_step)
+    run.train()
+    losses = {log["step"]: log["eval_loss"] for log in run.state.log_history if "eval_loss" in log}
+    assert run.evaluate()["eval_loss"] == min(losses.values())
+
+
+def test_the_trainers_own_checkpointing_changes_no_bit_of_M(llama, tmp_path, uninterrupted):
+    model = trained(llama, tmp_path, gradient_checkpointing=True)
+    assert same_tensors(coefficients(model), uninterrupted)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_after_training_nothing_but_M_is_held_in_fp32(llama, tmp_path, options):
+    model = trained(llama, tmp_path, **options)
+    fp32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert fp32 == set(coefficients(model))
+    assert all(M.any() and torch.isfinite(M).all() for M in coefficients(model).values())
+    dtypes = {name.rpartition(".")[2]: b.dtype for name, b in model.named_buffers() if "qsvft_" in name}
+    assert dtypes["qsvft_V"] == dtypes["qsvft_U"] == torch.bfloat16
+
+
+def test_trl_keeps_M_in_fp32_and_small_steps_move_it(llama, tmp_path):
+    """TRL casts trainable parameters of a 4-bit model to bf16, where a step of 1e-4 on 0.3 is lost."""
+    from trl import SFTConfig, SFTTrainer
+
+    model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=2), scale=0.3)
+    assert model.get_base_model().is_loaded_in_4bit
+    before = coefficients(model)
+    run = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path), **{**COMMON, "learning_rate": 1e-4}, max_steps=2, max_length=16, bf16=False
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": tokens(8, 10).tolist()}),
+        processing_class=AutoTokenizer.from_pretrained(llama),
+    )
+    assert same_tensors(coefficients(model), before)
+    run.train()
+    after = coefficients(model)
+    assert {M.dtype for M in after.values()} == {torch.float32}
+    moved = torch.cat([(after[name] != before[name]).float() for name in after])
+    assert float(moved.mean()) > 0.95
+    assert max(float((after[name] - before[name]).abs().max()) for name in after) < 1e-3
+
+
+def test_generating_with_the_cache_gives_the_tokens_without_it(llama):
+    model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4)).eval()
+    ids = tokens(2, 5)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(input_ids=ids, use_cache=True, **options)
+    assert cached.shape == (2, 13)
+    assert torch.equal(model.generate(input_ids=ids, use_cache=False, **options), cached)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(input_ids=ids, use_cache=True, **options), cached)
+
+
+def test_generating_between_steps_changes_no_bit_of_the_gradients(llama):
+    gradients = []
+    for generate in (False, True):
+        model = randomize(qsvft.prepare(load(llama), bits=4))
+        if generate:
+            ids = tokens(1, 4)
+            model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+        model.train()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert same_tensors(*gradients)
+
+
+def test_two_processes_train_one_adapter_and_send_no_factor(llama):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--multi_cpu"]
+    command = [part for part in command if part != "--multi_cpu"]
+    command += ["--main_process_port", str(port), "--mixed_precision", "no", "--num_machines", "1"]
+    command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    done = subprocess.run(
+        [*command, str(SCRIPTS / "train_distributed.py"), str(llama)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert found["processes"] == 2
+    assert found["factors"] == 28
+    assert found["factors_sent"] == 0
+    assert found["ranks_agree"]
+    assert found["entries_moved"] > 0.95
+    assert found["error_to_one_process"] < 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_the_compiled_model_has_the_eager_loss_and_gradients(llama, bits, checkpointing):
+    torch._dynamo.reset()
+    model = qsvft.prepare(load(llama, torch.float32), bits=bits, off_diagonals=2, gradient_checkpointing=checkpointing)
+    randomize(model, scale=0.1).train()
+
+    def step(module):
+        model.zero_grad()
+        loss = module(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    loss, gradients = step(model)
+    compiled_loss, compiled = step(torch.compile(model, backend="aot_eager"))
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
+    assert compiled.keys() == gradients.keys()
+    for name in gradients:
+        assert float((compiled[name] - gradients[name]).norm()) < 1e-4 * float(gradients[name].norm())
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_deleting_a_trained_model_frees_it_without_the_garbage_collector(llama, checkpointing):
+    model = qsvft.prepare(load(llama), bits=4, gradient_checkpointing=checkpointing)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    layers = [module for module in model.modules() if isinstance(module, QSVFTLinear)]
+    held = [t for layer in layers for t in (layer.qsvft_U, layer.qsvft_V, layer.base_layer.weight) if t is not None]
+    references = [weakref.ref(thing) for thing in (*layers, *held)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, optimizer, layers, held
+        assert not [reference() for reference in references if reference() is not None]
+    finally:
+        gc.enable()
