@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Waiting CPU threads sleep instead of spinning: much faster on a busy machine.
+export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint types unit mutants clean
+.PHONY: demo test lint types unit memory memory-update mutants clean
 
 demo: .venv/installed
 	$(BIN)/python examples/finetune.py
 
-test: lint types unit
+test: lint types unit memory
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -20,6 +22,12 @@ types: .venv/installed
 
 unit: .venv/installed
 	$(BIN)/pytest
+
+memory: .venv/installed
+	$(BIN)/python -W ignore benchmarks/memory/gate.py
+
+memory-update: .venv/installed
+	$(BIN)/python -W ignore benchmarks/memory/gate.py --update
 
 mutants: .venv/installed
 	$(BIN)/python tests/mutants.py

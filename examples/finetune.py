@@ -16,15 +16,21 @@ where every line of ``mine.jsonl`` reads ``{"prompt": "...", "completion": "..."
 import argparse
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
-# On some CPUs bitsandbytes, when it is imported, warns of a missing kernel that qsvft has no use for.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
+# CPU threads that wait should sleep, not spin: on a busy machine that is several times as fast.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Warnings that concern nobody here: bitsandbytes' of a CPU kernel that qsvft has no use for and of each 8-bit
+# product, and one about a property's old name that PEFT uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 import torch
 from peft import PeftModel
@@ -226,8 +232,8 @@ def parse():
     add("--dataset", help='JSON Lines of {"prompt": ..., "completion": ...} (default: the letter-shifting task)')
     add("--output", type=Path, default=Path("out"), help="where to save the adapter (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures here")
-    add("--learning-rate", type=float, default=5e-2, help="default: %(default)s")
-    add("--epochs", type=float, default=2, help="default: %(default)s")
+    add("--learning-rate", type=float, default=2e-2, help="default: %(default)s")
+    add("--epochs", type=float, default=1, help="default: %(default)s")
     add("--steps", type=int, help="batches to train on, instead of epochs")
     add("--batch-size", type=int, default=32, help="default: %(default)s")
     add("--off-diagonals", type=int, default=8, help="trained on each side of the main one (default: %(default)s)")

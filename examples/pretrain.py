@@ -20,6 +20,8 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep, which suits a busy machine
+
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from string_task import KNOWN, LETTERS, LONGEST, SHORTEST, known_example
@@ -40,17 +42,17 @@ library_name: transformers
 
 # A small base model for the examples
 
-A byte-level Llama with {parameters:,} parameters ({layers} layers, width {width}, bf16). It exists so
-that the examples can fine-tune a real pretrained model in a minute or two on a CPU, offline.
+A byte-level Llama with {parameters:,} parameters ({layers} layers, width {width}, bf16). It exists so that the
+examples can fine-tune a real pretrained model in a minute or two on a CPU, offline.
 
 ## Training
 
     python examples/pretrain.py --steps {steps} --seed {seed}
 
-Trained from scratch on the docstrings of Python {python}'s standard library ({characters:,}
-characters) and on generated string tasks: {tasks}. The tasks are the functions in
-`examples/string_task.py`. The mean loss over the last 100 steps was {task_loss:.4f} nats a byte on task
-completions and {text_loss:.2f} on text.
+Trained from scratch on the docstrings of Python {python}'s standard library ({characters:,} characters)
+and on examples, made up as it trains, of the string tasks in `examples/string_task.py`:
+{tasks}.
+The mean loss over the last 100 steps was {task_loss:.4f} nats a byte on completions and {text_loss:.2f} on text.
 
 Each task is asked as `reverse: banana` and a newline, answered `ananab`, and closed by `</s>`. Of {asked:,} fresh
 examples, {right:.1%} were answered exactly right (in bf16, greedy).

@@ -63,6 +63,8 @@ class BandedPattern(Pattern):
 
     def __init__(self, rank: int, off_diagonals: int) -> None:
         super().__init__()
+        if not 0 <= off_diagonals < rank:
+            raise ValueError(f"off_diagonals must lie in [0, {rank - 1}] for rank {rank}, got {off_diagonals}")
         self.rank, self.off_diagonals = rank, off_diagonals
         self.count = banded_count(rank, off_diagonals)
 

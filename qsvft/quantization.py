@@ -49,6 +49,11 @@ def quantize(
     """
     if bits not in BITS:
         raise ValueError(f"bits must be 4 (NF4), 8 (int8) or 16 (base left as it is), got {bits!r}")
+    if type(model) in (nn.Linear, Conv1D):
+        raise ValueError(
+            f"the model is a single {type(model).__name__}, which cannot be replaced in place; expected a module that "
+            "contains linear layers, such as nn.Sequential(layer)"
+        )
     held = held_bits(model)
     if held != 16:
         if bits not in (held, 16):
@@ -68,9 +73,10 @@ def quantize(
         check_weight(name, layer)
         dtypes.add(compute_dtype(layer))
     done: dict[int, nn.Parameter] = {}
+    names = _all_names(model)
     for name in tqdm(targets, desc=f"quantising to {bits} bits", unit="matrix", disable=not progress):
         # Only the name is held: the dense weight is freed before the next one is quantised.
-        model.set_submodule(name, _quantized_layer(model.get_submodule(name), bits, done))
+        _replace(model, names[name], _quantized_layer(model.get_submodule(name), bits, done))
     disable_cpu_repacking(model)
     if isinstance(model, PreTrainedModel):
         set_flags(model, bits, dtypes.pop() if len(dtypes) == 1 else torch.bfloat16, skipped)
@@ -265,11 +271,15 @@ def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
 
 def dequantize(model: nn.Module) -> nn.Module:
     """Replace every bitsandbytes linear by a plain dense one and clear the quantisation flags."""
+    names = _all_names(model)
+    done: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             weight = dense_weight(module)
             assert weight is not None
-            model.set_submodule(name, dense_layer(module, weight))
+            new: Any = dense_layer(module, weight)
+            new.weight = done.setdefault(module.weight.data_ptr(), new.weight)
+            _replace(model, names[name], new)
     _clear_flags(model)
     return model
 
@@ -292,6 +302,19 @@ def partition_linears(model: nn.Module, skip: list[str]) -> tuple[list[str], lis
     return targets, skipped
 
 
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """Every name of a module, by its first one: a module may stand in several places."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(name)
+    return {names[0]: names for names in found.values()}
+
+
+def _replace(model: nn.Module, names: list[str], new: nn.Module) -> None:
+    for name in names:
+        model.set_submodule(name, new)
+
+
 def _under(name: str, parts: list[str]) -> bool:
     """Whether one of the dotted parts stands in the dotted name, whole components only."""
     return any(f".{part}." in f".{name}." for part in parts)
@@ -312,9 +335,12 @@ def _quantized_layer(layer: Any, bits: int, done: dict[int, nn.Parameter]) -> nn
         else:
             quantized = bnb.nn.Int8Params(data.cpu(), requires_grad=False).to(data.device)
         done[id(weight)] = quantized
-    new.weight = done[id(weight)]
+    shared: Any = done[id(weight)]
     if bits == 4:
-        new.quant_state = new.weight.quant_state
+        new.weight, new.quant_state = shared, shared.quant_state
+    else:
+        # The bytes are shared, the parameter is not: its first forward moves CB and SCB into the layer.
+        new.weight = bnb.nn.Int8Params(shared.data, requires_grad=False, CB=shared.CB, SCB=shared.SCB)
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.data, requires_grad=False)
     new.source_cls = type(layer)

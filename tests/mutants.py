@@ -44,7 +44,10 @@ def pytest_configure(config):
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug: in ``file`` (under qsvft/) ``old``, found exactly once, becomes ``new``; ``tests`` must notice."""
+    """One bug: in ``file`` (under qsvft/) ``old``, found exactly once, becomes ``new``.
+
+    ``tests`` (files under tests/, or single tests of them) must notice.
+    """
 
     name: str
     file: str
@@ -249,21 +252,21 @@ MUTANTS = (
         "tuner/layer.py",
         "if not isinstance(bias, Tensor):\n            return y",
         "if True:\n            return y",
-        ("tuner/test_layer.py",),
+        ("tuner/test_layer.py::test_a_large_bias_on_the_output_side_is_not_scaled_by_the_adapter",),
     ),
     Mutant(
         "merging forgets W",
         "tuner/layer.py",
         "merged = self.original_weight().float()",
         "merged = torch.zeros_like(self.original_weight().float())",
-        ("tuner/test_layer.py",),
+        ("tuner/test_layer.py::test_merging_gives_the_adapters_outputs_and_unmerging_the_base_bit_for_bit",),
     ),
     Mutant(
         "loading accepts an adapter of another base",
         "tuner/adapter_file.py",
         "if not difference <= TOLERANCE:",
         "if False:",
-        ("tuner/test_saving.py",),
+        ("tuner/test_saving.py::test_a_base_other_than_the_adapters_is_refused_with_both_named",),
     ),
 )
 
@@ -325,7 +328,7 @@ def main() -> int:
         return 1
 
     files = tuple(sorted({name for mutant in mutants for name in mutant.tests}))
-    console.print(f"without a bug: {len(files)} test files must pass ...")
+    console.print(f"without a bug: {len(files)} test files (or single tests) must pass ...")
     baseline = run(None, files)
     if baseline.caught_by or baseline.trouble:
         console.print(f"[red]the tests fail without any mutant:[/red] {baseline.caught_by or ''}")

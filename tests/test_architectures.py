@@ -1,4 +1,4 @@
-"""One flow through every family: prepare, one step, save and reload, merge, and the merged checkpoint as a plain model."""
+"""One flow through every family: prepare, one step, save and reload, merge, the merged checkpoint as a plain model."""
 
 import json
 import subprocess

@@ -26,7 +26,7 @@ def adapted(model):
 def step_gradients(model):
     model.zero_grad()
     model.train()
-    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -221,7 +221,7 @@ REFUSALS = {
     "no linear layer matches": (
         None,
         {"target_modules": r".*nothing.*"},
-        r"no layer of LlamaForCausalLM is left to adapt: .*nothing.* Expected at least one linear layer; it has \['down_proj'",
+        r"no layer of LlamaForCausalLM is left to adapt: .*nothing.* Expected at least one linear layer; it has",
     ),
     "a misspelt target": (
         None,
@@ -246,12 +246,12 @@ REFUSALS = {
     "NaN in the last layer": (
         lambda model: with_weight(model, LAST, set_first(float("nan"))),
         {},
-        r"model\.layers\.1\.mlp\.down_proj: its weight holds 2 NaN or Inf values of 8192; expected finite numbers.* load",
+        r"model\.layers\.1\.mlp\.down_proj: its weight holds 2 NaN or Inf values of 8192; expected finite .* load",
     ),
     "Inf in the last layer": (
         lambda model: with_weight(model, LAST, set_first(float("inf"))),
         {},
-        r"model\.layers\.1\.mlp\.down_proj: its weight holds 2 NaN or Inf values of 8192; expected finite numbers.* load",
+        r"model\.layers\.1\.mlp\.down_proj: its weight holds 2 NaN or Inf values of 8192; expected finite .* load",
     ),
     "an unsupported dtype": (
         lambda model: model.double(),

@@ -23,6 +23,7 @@ from qsvft.quantization import (
     describe_base,
     disable_cpu_repacking,
     held_bits,
+    product_without_bias,
     weight_digest,
 )
 
@@ -270,6 +271,29 @@ def test_dense_layer_of_a_plain_one_computes_the_same():
 
 def test_dense_weight_of_an_unknown_layer_is_none():
     assert dense_weight(nn.Embedding(4, 4)) is None
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(64, 96), lambda: Conv1D(96, 64)])
+def test_product_without_bias_is_the_held_weights_and_has_its_gradient(bits, make):
+    layer = make()
+    nn.init.constant_(layer.bias, 1000.0)
+    layer = quantized(nn.Sequential(layer), bits)[0]
+    x, g, weight = torch.randn(3, 64, requires_grad=True), torch.randn(3, 96), dense_weight(layer)
+    product = product_without_bias(layer, x)
+    torch.testing.assert_close(product, x @ weight.T)
+    product.backward(g)
+    torch.testing.assert_close(x.grad, g @ weight)
+
+
+def test_product_without_bias_of_a_layer_that_is_only_known_by_its_forward_is_none():
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    x = torch.randn(3, 64)
+    assert product_without_bias(Scaled(64, 64), x) is None
+    assert product_without_bias(quantized(nn.Sequential(nn.Linear(64, 64)), 8)[0], x) is None
 
 
 @BITS

@@ -56,7 +56,7 @@ def uninterrupted(llama, tmp_path_factory):
 def test_trainer_moves_M_alone_and_lowers_the_loss(llama, tmp_path):
     model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
     before = state(model)
-    run = trainer(model, tmp_path, max_steps=12)
+    run = trainer(model, tmp_path, max_steps=12, learning_rate=3e-2)
     start = run.evaluate()["eval_loss"]
     run.train()
     assert run.evaluate()["eval_loss"] < 0.9 * start
@@ -159,31 +159,33 @@ def test_generating_between_steps_changes_no_bit_of_the_gradients(llama):
 
 
 def test_two_processes_train_one_adapter_and_send_no_factor(llama):
+    """Launched by torchrun: accelerate's own launcher starts several CPU processes only through MPI."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--multi_cpu"]
-    command = [part for part in command if part != "--multi_cpu"]
-    command += ["--main_process_port", str(port), "--mixed_precision", "no", "--num_machines", "1"]
-    command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    done = subprocess.run(
-        [*command, str(SCRIPTS / "train_distributed.py"), str(llama)], capture_output=True, text=True, timeout=300
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    script = [str(SCRIPTS / "train_distributed.py"), str(llama)]
+    done = subprocess.run([*launcher, *script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert found["processes"] == 2
     assert found["factors"] == 28
-    assert found["factors_sent"] == 0
+    assert found["buffers_sent"] > 0 and found["factors_sent"] == 0
     assert found["ranks_agree"]
     assert found["entries_moved"] > 0.95
     assert found["error_to_one_process"] < 1e-3
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("bits", [4, 16])
-def test_the_compiled_model_has_the_eager_loss_and_gradients(llama, bits, checkpointing):
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_compiled_model_has_the_eager_loss_and_gradients_with_checkpointing(llama):
+    """On one layer of each form: k_proj holds the output's side, up_proj the input's."""
     torch._dynamo.reset()
-    model = qsvft.prepare(load(llama, torch.float32), bits=bits, off_diagonals=2, gradient_checkpointing=checkpointing)
+    model = qsvft.prepare(
+        load(llama, torch.float32),
+        bits=4,
+        off_diagonals=2,
+        target_modules=["layers.1.self_attn.k_proj", "layers.0.mlp.up_proj"],
+    )
     randomize(model, scale=0.1).train()
 
     def step(module):

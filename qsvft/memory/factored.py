@@ -8,9 +8,12 @@ Diagonal M, both factors in the model's dtype at full rank, W itself not kept.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..quantization import partition_linears
 
@@ -18,19 +21,24 @@ from ..quantization import partition_linears
 class FactoredLinear(nn.Module):
     """A linear layer given by U (m, k), s (k,), V (k, n) and a diagonal M, k = min(m, n)."""
 
-    def __init__(self, layer: nn.Linear, rebuild: bool) -> None:
+    U: Tensor
+    s: Tensor
+    V: Tensor
+
+    def __init__(self, layer: Any, rebuild: bool) -> None:
         super().__init__()
         self.rebuild = rebuild
-        m, n = layer.weight.shape
+        weight: Tensor = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        m, n = weight.shape
         k = min(m, n)
-        if layer.weight.is_meta:
-            U, s, V = (layer.weight.new_empty(shape) for shape in ((m, k), (k,), (k, n)))
+        if weight.is_meta:
+            U, s, V = (weight.new_empty(shape) for shape in ((m, k), (k,), (k, n)))
         else:
-            U, s, V = (t.to(layer.weight.dtype) for t in torch.linalg.svd(layer.weight.float(), full_matrices=False))
+            U, s, V = (t.to(weight.dtype) for t in torch.linalg.svd(weight.float(), full_matrices=False))
         self.register_buffer("U", U.contiguous())
         self.register_buffer("s", s)
         self.register_buffer("V", V.contiguous())
-        self.M = nn.Parameter(torch.zeros(k, device=layer.weight.device))
+        self.M = nn.Parameter(torch.zeros(k, device=weight.device))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +52,5 @@ def factor_linears(model: PreTrainedModel, rebuild: bool) -> PreTrainedModel:
     """Replace every linear layer but the output head by its factors."""
     targets, _ = partition_linears(model, [])
     for name in targets:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        model.set_submodule(name, FactoredLinear(layer, rebuild))
+        model.set_submodule(name, FactoredLinear(model.get_submodule(name), rebuild))
     return model

@@ -196,6 +196,14 @@ class Ledger(TorchDispatchMode):
         """Bytes alive now."""
         return sum(allocation.nbytes for _, allocation in self._live.values())
 
+    def high_water(self) -> int:
+        """The most bytes that were ever alive, setup included."""
+        total = highest = 0
+        for event in self.events:
+            total += event.nbytes
+            highest = max(highest, total)
+        return highest
+
     def peaks(self) -> dict[str, Peak]:
         """The highest point of each phase, and of the whole under "total"."""
         peaks = {name: Peak() for name in (*PHASES, "total")}
@@ -246,4 +254,7 @@ def _gemm_4bit(
     return torch.nn.functional.linear(A, weight, bias)
 
 
-_EXPANSIONS: dict[Any, Callable[..., Any]] = {torch.ops.bitsandbytes.gemm_4bit.default: _gemm_4bit}
+# bitsandbytes before 0.50 has no such operation: there the parts are seen as they are.
+_EXPANSIONS: dict[Any, Callable[..., Any]] = (
+    {torch.ops.bitsandbytes.gemm_4bit.default: _gemm_4bit} if hasattr(torch.ops.bitsandbytes, "gemm_4bit") else {}
+)

@@ -17,6 +17,7 @@ qsvft            this package's default: NF4 base, one factor, banded M with 8 o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,10 @@ def _peft(make: Callable[[int], PeftConfig], kbit: bool = False) -> Callable[[Me
     def builder(method: Method, model: PreTrainedModel) -> nn.Module:
         if kbit:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        return get_peft_model(model, make(method.options.get("rank", _RANKED[method.name])))
+        with warnings.catch_warnings():
+            # BOFT says that its CUDA extension could not be compiled; the bytes do not depend on it.
+            warnings.filterwarnings("ignore", category=UserWarning, module="peft.tuners.boft")
+            return get_peft_model(model, make(method.options.get("rank", _RANKED[method.name])))
 
     return builder
 

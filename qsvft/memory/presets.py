@@ -92,7 +92,7 @@ def model_config(name: str) -> PretrainedConfig:
     if name in _PRESETS:
         return _PRESETS[name]()
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "holds no readable config.json" if os.path.isdir(name) else "is no directory and no reachable hub id"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

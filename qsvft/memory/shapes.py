@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..quantization import partition_linears, set_flags
 
@@ -38,7 +39,7 @@ def nf4_on_meta(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _nf4_layer(layer: Any) -> nn.Module:
-    m, n = layer.weight.shape
+    n, m = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
     dtype = layer.weight.dtype
     new = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
     blocks = -(-m * n // BLOCK)
@@ -71,6 +72,7 @@ def _nf4_layer(layer: Any) -> nn.Module:
     )
     new.quant_state = state
     new.bias = layer.bias
+    new.source_cls = type(layer)
     new.support_avx512bf16_for_cpu = False
     return new
 

@@ -33,7 +33,7 @@ from ..functional import bounded_inverse, input_side_update, output_side_update,
 from ..quantization import check_weight, dense_layer, dense_weight, product_without_bias, weight_digest
 from .config import QSVFTConfig
 from .parameter import Float32Parameter
-from .probe import TOLERANCE, fixed_noise, relative_difference, sketch
+from .probe import SIZE, TOLERANCE, fixed_noise, relative_difference, sketch
 from .targets import rank_of, shape_of
 
 _PROBE_ROWS = 512
@@ -282,6 +282,8 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def compute_probe(self, adapter: str, weight: Tensor) -> Tensor:
         """Eight numbers that depend on all of dW's ingredients but M; see :mod:`qsvft.tuner.probe`."""
+        if weight.is_meta:
+            return weight.new_empty(SIZE, dtype=torch.float32)
         W = weight.float()
         x = fixed_noise(self.in_features, 1, W.device).float().unsqueeze(0)
         values = fixed_noise(self.pattern(adapter).count, 2, W.device).float()
@@ -369,6 +371,9 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         names = ("qsvft_U", "qsvft_V", "qsvft_s", "qsvft_rms")
         before = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
+        for M in self.qsvft_M.values():
+            if M.grad is not None and M.grad.dtype != M.dtype:
+                M.grad = M.grad.to(M.dtype)
         for name, old in before.items():
             new = getattr(self, name)
             if old is not None and new.dtype != old.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from ..quantization import dequantize, describe_base, disable_cpu_repacking
+from ..version import __version__
 from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
@@ -148,11 +149,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
             if kind not in kinds:
                 kinds.append(kind)
     kinds.sort(key=str)
-    packages = ("qsvft", "torch", "transformers", "peft", "bitsandbytes")
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
     return {
         "factors": "of the weight as held",
         "weights": kinds,
-        "versions": {name: version(name).split("+")[0] for name in packages},
+        "versions": {"qsvft": __version__, **{name: version(name).split("+")[0] for name in packages}},
     }
 
 

@@ -3,7 +3,8 @@
 The probe applies dW = U M V^T with a fixed pseudo-random M (on the adapter's own pattern) to a fixed
 pseudo-random x and projects the result to eight numbers, in fp32. It therefore changes by about the
 relative error that a real adapter would suffer from another basis: another checkpoint, other bits,
-a flipped sign, another rank, pattern, form or damping. Recomputing the factors elsewhere stays far
+a flipped sign, another rank or pattern. What does not change dW, such as W times a constant, does not
+change the probe. Recomputing the factors elsewhere stays far
 below TOLERANCE; a wrong basis is at 1 or above.
 """
 

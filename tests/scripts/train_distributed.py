@@ -1,6 +1,6 @@
 """Two processes train one adapter with DistributedDataParallel; prints what the test asks for as JSON.
 
-accelerate launch --num_processes 2 --cpu train_distributed.py CHECKPOINT
+torchrun --nproc_per_node 2 train_distributed.py CHECKPOINT
 """
 
 import json
@@ -47,7 +47,9 @@ def main():
     model = prepared()
     parallel = accelerator.prepare(model)
     assert isinstance(parallel, DistributedDataParallel)
-    factors = {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in ("qsvft_U", "qsvft_V", "qsvft_s")}
+    factors = {
+        name for name, _ in model.named_buffers() if name.rpartition(".")[2] in ("qsvft_U", "qsvft_V", "qsvft_s")
+    }
     sent = {id(buffer) for buffer in parallel.modules_buffers}
     train(parallel, [batch(step, rank) for step in range(STEPS)], accelerator.backward)
     mine = trained_values(model)
@@ -60,6 +62,7 @@ def main():
         found = {
             "processes": accelerator.num_processes,
             "factors": len(factors),
+            "buffers_sent": len(sent),
             "factors_sent": sum(id(model.get_buffer(name)) in sent for name in factors),
             "ranks_agree": bool(torch.equal(everyone[0], everyone[1])),
             "entries_moved": float((mine != 0).float().mean()),

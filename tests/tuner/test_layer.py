@@ -421,7 +421,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(value):
     base = linear(SHAPES["tall"])
     with torch.no_grad():
         base.weight[3, 4] = value
-    with pytest.raises(ValueError, match=r"block\.layer: its weight holds 1 NaN or Inf values of 6144; expected finite"):
+    with pytest.raises(
+        ValueError, match=r"block\.layer: its weight holds 1 NaN or Inf values of 6144; expected finite"
+    ):
         adapted(base)
 
 

@@ -130,9 +130,7 @@ def test_a_reloaded_adapter_is_frozen_unless_asked_for(llama, saved):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_trainable_reload_continues_training_M_alone(llama, saved, low_cpu_mem_usage):
-    model = PeftModel.from_pretrained(
-        base(llama), saved[0], is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    model = PeftModel.from_pretrained(base(llama), saved[0], is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == set(coefficients(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
@@ -228,7 +226,9 @@ def test_one_changed_weight_matrix_is_refused_by_its_name(llama, saved):
 
 def test_an_adapter_of_another_shape_is_refused_by_name_and_both_shapes(tmp_path, saved):
     narrow = save_llama(tmp_path / "narrow", hidden_size=32, intermediate_size=48)
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.\S+: the adapter's M is .* expected torch.float32 of shape"):
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\.\S+: the adapter's M is .* expected torch.float32 of shape"
+    ):
         PeftModel.from_pretrained(base(narrow), saved[0])
 
 
@@ -262,7 +262,9 @@ def test_a_config_that_is_not_the_adapters_is_refused_with_the_layers_name(llama
 def test_another_seed_of_a_random_pattern_is_refused(llama, tmp_path):
     randomize(qsvft.prepare(load(llama), bits=4, pattern="random", seed=1)).save_pretrained(tmp_path)
     edit_config(tmp_path, seed=2)
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\..*pattern \('random', seed 2\) does not come out the same"):
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\..*pattern \('random', seed 2\) does not come out the same"
+    ):
         PeftModel.from_pretrained(base(llama), tmp_path)
 
 
@@ -358,7 +360,7 @@ def test_M_that_is_not_finite_is_refused_or_loads_as_it_was_saved(llama, tmp_pat
 def test_a_truncated_weight_file_is_refused_by_its_path(llama, adapter, size):
     content = (adapter / WEIGHTS).read_bytes()
     (adapter / WEIGHTS).write_bytes(content[:size])
-    with pytest.raises(ValueError, match="not a whole safetensors file .* save the adapter again") as refusal:
+    with pytest.raises(ValueError, match=r"not a whole safetensors file .* save the adapter again") as refusal:
         PeftModel.from_pretrained(base(llama), adapter)
     assert str(adapter / WEIGHTS) in str(refusal.value)
     assert f"found {len(content[:size])} bytes" in str(refusal.value)
@@ -407,7 +409,7 @@ def test_random_byte_flips_are_refused_or_harmless(llama, tmp_path):
     M, whole = coefficients(model), (tmp_path / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     fresh, refused = load(llama), 0
-    for seed in range(300):
+    for seed in range(210):
         draw = random.Random(seed)
         damaged = bytearray(whole)
         reach = (8, header, len(whole))[seed % 3]
@@ -422,7 +424,7 @@ def test_random_byte_flips_are_refused_or_harmless(llama, tmp_path):
             continue
         assert same_tensors(coefficients(loaded), M), f"flips of seed {seed} gave another adapter"
         fresh = loaded.unload()
-    assert refused > 200
+    assert refused > 140
 
 
 # --- a crash while saving --------------------------------------------------------------------------
@@ -462,7 +464,7 @@ def test_a_process_killed_while_it_saves_in_a_loop_leaves_a_whole_adapter(llama,
         assert process.stdout.readline() == b"saved\n", process.stderr.read().decode()
         process.send_signal(signal.SIGSTOP)
         fresh = load(llama)
-        for _ in range(12):
+        for _ in range(8):
             process.send_signal(signal.SIGCONT)
             time.sleep(random.uniform(0.001, 0.03))
             process.send_signal(signal.SIGSTOP)

@@ -1,0 +1,37 @@
+"""``qsvft``: the commands, gathered."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from ..version import __version__
+from .errors import OneLineErrors
+from .profile import profile
+
+app = typer.Typer(
+    name="qsvft", cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+app.command("profile")(profile)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qsvft {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """SVFT fine-tuning of quantised models."""
+    # A hub that cannot be reached is said once, in one line, not at each retry.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

@@ -1,0 +1,52 @@
+"""One method on one model, built once and stepped at any length, on meta or on real tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .ledger import Ledger
+from .methods import Method, build
+from .shapes import ATTENTION, empty_model
+from .step import count_on
+
+
+class Scenario:
+    """A method's model on a device ("meta", "cpu" or "cuda"), random weights where there are any."""
+
+    def __init__(
+        self, config: PretrainedConfig, method: Method, checkpointing: bool, optimizer: str, device: str
+    ) -> None:
+        config = copy.deepcopy(config)
+        self.base = empty_model(config) if device == "meta" else random_model(config, device)
+        self.head = self.base.get_output_embeddings()
+        self.model = build(method, self.base)
+        self.checkpointing, self.optimizer = checkpointing, optimizer
+
+    def count(self, batch_size: int, seq_len: int) -> tuple[Ledger, int]:
+        """The ledger of one step, and the number of trainable parameters."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        return count_on(self.model, self.base, self.head, batch_size, seq_len, self.checkpointing, self.optimizer)
+
+
+def random_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
+    """A frozen causal language model with random weights in bf16.
+
+    On CUDA with torch's own attention, which is what runs in training; on CPU with the flash kernel
+    that the prediction counts.
+    """
+    attention = ATTENTION if device == "cpu" else "sdpa"
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    return model.requires_grad_(False)
+
+
+def one_line(error: BaseException, name: bool = True) -> str:
+    """An exception as one line, with its type's name in front unless ``name`` is off."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if not text:
+        return type(error).__name__
+    return f"{type(error).__name__}: {text}" if name else text
