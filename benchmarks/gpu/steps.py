@@ -1,0 +1,233 @@
+"""One method's training step on the card: built, stepped, its bytes read and its time taken.
+
+Two devices have the same face: ``Card`` is the CUDA device, ``Rehearsal`` a CPU on which the ledger on real
+tensors stands in for the allocator, to try the suite's own code.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from statistics import quantiles
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from cases import BATCH_SIZE, FACTORED, Plan
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from qsvft.factors import FACTOR_DTYPE, Factors, needed_sides
+from qsvft.memory.methods import Method
+from qsvft.memory.scenario import Scenario
+from qsvft.memory.step import make_optimizer
+from qsvft.prepare import enable_checkpointing
+from qsvft.tuner import layer as adapted
+from qsvft.tuner.probe import SIZE
+
+CHECKPOINTING = True
+OPTIMIZER = "adamw"
+AUTOCAST = torch.bfloat16
+
+
+# --- building -------------------------------------------------------------------------------------
+
+
+def build(config: PretrainedConfig, method: Method, device: str) -> Scenario:
+    """A method on a model with random weights; NF4 weights are quantised for real, one matrix at a time."""
+    with random_factors():
+        return Scenario(config, method, CHECKPOINTING, OPTIMIZER, device)
+
+
+def factors_of(method: Method) -> str:
+    """Where a method's singular vectors come from here, for the result rows."""
+    return "random" if method.name in FACTORED else "none"
+
+
+@contextmanager
+def random_factors() -> Iterator[None]:
+    """Put random numbers of the right shape and dtype in place of singular vectors.
+
+    Decomposing the 224 matrices of a 7B model takes longer than measuring it, and neither the bytes nor
+    the time of a step depend on the values. The probe and the digest of the base, which would check the
+    decomposition, are left out with it.
+    """
+    with (
+        patch.object(adapted, "make_factors", _random_factors),
+        patch.object(adapted, "weight_digest", lambda _: bytes(32)),
+        patch.object(adapted.QSVFTLinear, "compute_probe", _no_probe),
+        patch.object(torch.linalg, "svd", _random_svd),
+    ):
+        yield
+
+
+def _random(like: Tensor, *shape: int) -> Tensor:
+    """Numbers of the size that entries of singular vectors have."""
+    return torch.randn(shape, device=like.device, dtype=FACTOR_DTYPE).mul_(shape[-1] ** -0.5)
+
+
+def _random_factors(weight: Tensor, rank: int, sides: Any) -> Factors:
+    m, n = weight.shape
+    needs_u, needs_v = needed_sides(sides, weight.shape)
+    U = _random(weight, rank, m) if needs_u else None
+    V = _random(weight, rank, n) if needs_v else None
+    s = torch.ones(rank, device=weight.device)
+    return Factors(U, V, s, torch.ones((), device=weight.device))
+
+
+def _no_probe(layer: adapted.QSVFTLinear, adapter: str, weight: Tensor) -> Tensor:
+    return torch.zeros(SIZE, device=weight.device)
+
+
+def _random_svd(weight: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    (m, n), k = weight.shape, min(weight.shape)
+    s = torch.ones(k, device=weight.device, dtype=FACTOR_DTYPE)
+    return _random(weight, m, k), s, _random(weight, k, n)
+
+
+# --- stepping -------------------------------------------------------------------------------------
+
+
+class Stepper:
+    """Training steps of a built model on one batch of random tokens.
+
+    Args:
+        fused: AdamW as transformers' Trainer has it by default; else the one that the ledger counts.
+        autocast: under bf16 autocast, as with Trainer's ``bf16=True``.
+    """
+
+    def __init__(self, scenario: Scenario, seq_len: int, fused: bool, autocast: bool) -> None:
+        self.model, self.autocast = scenario.model, autocast
+        scenario.base.config.use_cache = False
+        enable_checkpointing(scenario.base)
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)  # a step that ran out of memory leaves its gradients
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable_parameters = sum(p.numel() for p in trainable)
+        self.optimizer: torch.optim.Optimizer | None
+        if fused and trainable:
+            self.optimizer = torch.optim.AdamW(trainable, lr=0.0, fused=True)
+        else:
+            self.optimizer = make_optimizer(OPTIMIZER, trainable)
+        self.device = next(self.model.parameters()).device
+        shape = (BATCH_SIZE, seq_len)
+        self.tokens = torch.randint(scenario.base.config.vocab_size, shape, device=self.device)
+
+    def step(self) -> None:
+        with torch.autocast(self.device.type, AUTOCAST, enabled=self.autocast):
+            loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+class Card:
+    """The CUDA device."""
+
+    kind = "cuda"
+
+    def free_bytes(self) -> int:
+        """What a case can take: free on the card, with nothing of ours left on it."""
+        self.release()
+        return int(torch.cuda.mem_get_info()[0])
+
+    def release(self) -> None:
+        """Give all memory back that no tensor holds, cuBLAS's workspaces included."""
+        gc.collect()
+        torch.cuda.synchronize()
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear is not None:
+            clear()
+        torch.cuda.empty_cache()
+
+    def peak(self, scenario: Scenario, seq_len: int, other_bytes: int) -> dict[str, int | None]:
+        """The allocator's peaks over one step, after one that leaves the optimizer's state.
+
+        The ledger does not run here: it takes bitsandbytes' products apart, which changes their bytes.
+        """
+        stepper = Stepper(scenario, seq_len, fused=False, autocast=False)
+        stepper.step()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        stepper.step()
+        torch.cuda.synchronize()
+        return {
+            "allocated_bytes": torch.cuda.max_memory_allocated() - other_bytes,
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "other_bytes": other_bytes,
+            "trainable_parameters": stepper.trainable_parameters,
+        }
+
+    def allocated(self) -> int:
+        """Bytes of tensors now."""
+        return int(torch.cuda.memory_allocated())
+
+    def times(self, scenario: Scenario, seq_len: int, plan: Plan) -> list[float]:
+        """Milliseconds of single steps, between CUDA events, without waiting in between."""
+        stepper = Stepper(scenario, seq_len, fused=True, autocast=True)
+        for _ in range(plan.warmup):
+            stepper.step()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        stepper.step()
+        torch.cuda.synchronize()
+        count = step_count(plan, time.perf_counter() - start)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            stepper.step()
+            event.record()
+        torch.cuda.synchronize()
+        return [first.elapsed_time(second) for first, second in pairwise(events)]
+
+
+class Rehearsal:
+    """A CPU in the card's place."""
+
+    kind = "cpu"
+
+    def free_bytes(self) -> int:
+        return 2**30
+
+    def release(self) -> None:
+        gc.collect()
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self, scenario: Scenario, seq_len: int, other_bytes: int) -> dict[str, int | None]:
+        ledger, trainable = scenario.count(BATCH_SIZE, seq_len)
+        return {
+            "allocated_bytes": ledger.peaks()["total"].nbytes,
+            "reserved_bytes": None,
+            "other_bytes": other_bytes,
+            "trainable_parameters": trainable,
+        }
+
+    def times(self, scenario: Scenario, seq_len: int, plan: Plan) -> list[float]:
+        stepper = Stepper(scenario, seq_len, fused=True, autocast=True)
+        for _ in range(plan.warmup):
+            stepper.step()
+        found = []
+        for _ in range(plan.least):
+            start = time.perf_counter()
+            stepper.step()
+            found.append(1000 * (time.perf_counter() - start))
+        return found
+
+
+def step_count(plan: Plan, seconds: float) -> int:
+    """How many steps of this length to time."""
+    return max(plan.least, min(plan.most, int(plan.timed_s / max(seconds, 1e-6))))
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    tenths = quantiles(times, n=10, method="inclusive")
+    return {"median_ms": tenths[4], "p20_ms": tenths[1], "p80_ms": tenths[7]}
