@@ -7,7 +7,7 @@ N is k x k and sparse: N = diag(scale) M ("rows"), M diag(scale) ("columns") or 
 
 Only h is kept for the backward, in the compute dtype; N is rebuilt there. N is cast down to the
 dtype of h, h is never cast up. Sums over tokens run in chunks and accumulate in fp32 (fp64 for
-fp64), so that temporaries stay at a few hundred rows whatever the sequence length.
+fp64), so that temporaries stay at 2048 rows whatever the sequence length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 ScaleSide = Literal["rows", "columns"]
 
-_TOKENS = 256
+_TOKENS = 2048
+_ROUNDED = 256
 _BLOCK = 64
 _ENTRIES = 4096
 
@@ -139,16 +140,28 @@ def _banded_product(h: Tensor, band: Tensor, off_diagonals: int) -> Tensor:
 
 
 def _banded_gradient(g: Tensor, h: Tensor, off_diagonals: int) -> Tensor:
-    """dL/dN on the band, (k, 2d+1)."""
-    total: Tensor | None = None
+    """dL/dN on the band, (k, 2d+1).
+
+    A product of low precision is rounded once per _ROUNDED tokens and summed in fp32, all stretches of a chunk in
+    one batched product.
+    """
+    rank, dtype = h.shape[1], _accumulator(h.dtype)
+    block = _block_size(off_diagonals)
+    total = h.new_zeros((-(-rank // block), block, block + 2 * off_diagonals), dtype=dtype)
     for start in range(0, h.shape[0], _TOKENS):
-        chunk = slice(start, start + _TOKENS)
-        outputs = _blocked(g[chunk], off_diagonals).transpose(1, 2)
-        part = torch.bmm(outputs, _windows(h[chunk], off_diagonals)).to(_accumulator(h.dtype))
-        total = part if total is None else total + part
-    if total is None:
-        return h.new_zeros((h.shape[1], 2 * off_diagonals + 1), dtype=_accumulator(h.dtype))
-    return _band_from_blocks(total, h.shape[1], off_diagonals)
+        g_rows, h_rows = (_whole_stretches(t[start : start + _TOKENS]) for t in (g, h))
+        length = min(_ROUNDED, g_rows.shape[0])
+        outputs = _blocked(g_rows, off_diagonals).view(-1, length, block)
+        windows = _windows(h_rows, off_diagonals).view(outputs.shape[0], length, -1)
+        parts = torch.bmm(outputs.transpose(1, 2), windows)
+        total = total + parts.view(total.shape[0], -1, *total.shape[1:]).sum(1, dtype=dtype)
+    return _band_from_blocks(total, rank, off_diagonals)
+
+
+def _whole_stretches(rows: Tensor) -> Tensor:
+    """Rows of zeros added, so that stretches of _ROUNDED tokens come out even."""
+    missing = -rows.shape[0] % _ROUNDED if rows.shape[0] > _ROUNDED else 0
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def _diagonal_gradient(g: Tensor, h: Tensor) -> Tensor:

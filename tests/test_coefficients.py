@@ -154,7 +154,7 @@ def test_error_is_no_worse_than_the_dense_formula_in_the_same_dtype(pattern, sca
 
 
 @EACH_PATTERN
-@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("tokens", [1, 256, 257, 600, 2048, 2049, 4400])
 def test_cutting_the_tokens_into_chunks_changes_nothing(pattern, tokens):
     parts = ingredients(pattern, tokens, torch.float64)
     found, truth = (value_and_gradients(f, pattern, parts, "rows") for f in (ours, naive))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from cases import BATCH_SIZE, name
@@ -27,8 +24,7 @@ def predict(case: Case) -> dict[str, Any]:
     """The peak of one case in bytes, what it is made of, and the model's bytes in bf16."""
     model, method, seq_len = case
     parsed = parse_method(method)
-    with boft_without_values() if parsed.name == "boft" else nullcontext():
-        ledger, _ = count_step(model_config(model), parsed, BATCH_SIZE, seq_len)
+    ledger, _ = count_step(model_config(model), parsed, BATCH_SIZE, seq_len)
     peak = ledger.peaks()["total"]
     return {
         "predicted_bytes": peak.nbytes,
@@ -36,15 +32,6 @@ def predict(case: Case) -> dict[str, Any]:
         "at": f"{peak.phase}, {peak.module or 'outside the modules'}",
         "dense_bytes": 2 * sum(p.numel() for p in empty_model(model_config(model)).parameters()),
     }
-
-
-@contextmanager
-def boft_without_values() -> Iterator[None]:
-    """PEFT fills BOFT's permutation matrices on the CPU, 27 GiB for a 7B model; here they get no values."""
-    from peft.tuners.boft.layer import BOFTLayer
-
-    with torch.device("meta"), patch.object(BOFTLayer, "perm2mat", lambda _, order: torch.empty(2 * order.shape)):
-        yield
 
 
 class Predictions:

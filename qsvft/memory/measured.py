@@ -48,7 +48,7 @@ def add_measurements(report: MemoryReport, config: PretrainedConfig, methods: li
 
 
 def measure(config: PretrainedConfig, method: Method, report: MemoryReport, device: str) -> Measurement:
-    """One real step: the ledger's peak, and on CUDA the allocator's own."""
+    """One real step: the ledger's peak, or on CUDA the allocator's own."""
     before = _start(device)
     try:
         scenario = Scenario(config, method, report.gradient_checkpointing, report.optimizer, device)
@@ -71,10 +71,9 @@ def _measured_step(scenario: Scenario, report: MemoryReport, device: str, before
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    ledger, _ = scenario.count(report.batch_size, report.seq_len)
-    peak = ledger.peaks()["total"].nbytes
+    ledger, _ = scenario.count(report.batch_size, report.seq_len, record=device != "cuda")
     if device != "cuda":
-        return Measurement(device, peak)
+        return Measurement(device, ledger.peaks()["total"].nbytes)
     torch.cuda.synchronize()
     allocated = torch.cuda.max_memory_allocated() - before
-    return Measurement(device, peak, allocated, torch.cuda.max_memory_reserved())
+    return Measurement(device, 0, allocated, torch.cuda.max_memory_reserved())

@@ -18,10 +18,13 @@ qsvft            this package's default: NF4 base, one factor, banded M with 8 o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from peft import (
     BOFTConfig,
     LoraConfig,
@@ -30,6 +33,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from peft.tuners.boft.layer import BOFTLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -128,12 +132,21 @@ def _peft(make: Callable[[int], PeftConfig], kbit: bool = False) -> Callable[[Me
     def builder(method: Method, model: PreTrainedModel) -> nn.Module:
         if kbit:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        with warnings.catch_warnings():
+        meta = next(model.parameters()).is_meta
+        without_values = _boft_without_values() if meta and method.name == "boft" else nullcontext()
+        with warnings.catch_warnings(), without_values:
             # BOFT says that its CUDA extension could not be compiled; the bytes do not depend on it.
             warnings.filterwarnings("ignore", category=UserWarning, module="peft.tuners.boft")
             return get_peft_model(model, make(method.options.get("rank", _RANKED[method.name])))
 
     return builder
+
+
+@contextmanager
+def _boft_without_values() -> Iterator[None]:
+    """PEFT fills BOFT's permutation matrices on the CPU, 27 GiB for a 7B model; on meta they get no values."""
+    with torch.device("meta"), patch.object(BOFTLayer, "perm2mat", lambda _, order: torch.empty(2 * order.shape)):
+        yield
 
 
 def _lora(rank: int) -> PeftConfig:

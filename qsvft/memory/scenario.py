@@ -25,11 +25,13 @@ class Scenario:
         self.model = build(method, self.base)
         self.checkpointing, self.optimizer = checkpointing, optimizer
 
-    def count(self, batch_size: int, seq_len: int) -> tuple[Ledger, int]:
-        """The ledger of one step, and the number of trainable parameters."""
+    def count(self, batch_size: int, seq_len: int, record: bool = True) -> tuple[Ledger, int]:
+        """The ledger of one step (empty unless ``record``), and the number of trainable parameters."""
         for parameter in self.model.parameters():
             parameter.grad = None
-        return count_on(self.model, self.base, self.head, batch_size, seq_len, self.checkpointing, self.optimizer)
+        return count_on(
+            self.model, self.base, self.head, batch_size, seq_len, self.checkpointing, self.optimizer, record
+        )
 
 
 def random_model(config: PretrainedConfig, device: str) -> PreTrainedModel:

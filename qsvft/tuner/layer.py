@@ -371,6 +371,8 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         names = ("qsvft_U", "qsvft_V", "qsvft_s", "qsvft_rms")
         before = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
+        for base in self._unmerged:  # not a submodule, so nobody else moves it
+            base._apply(fn, recurse)
         for M in self.qsvft_M.values():
             if M.grad is not None and M.grad.dtype != M.dtype:
                 M.grad = M.grad.to(M.dtype)
