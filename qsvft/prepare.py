@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .quantization import quantize
 from .tuner.config import QSVFTConfig
+from .tuner.model import progress_bars
 from .tuner.targets import check_targets
 
 _TASKS = {
@@ -68,7 +69,8 @@ def prepare(
     whole = _left_whole(config)
     check_targets(model, config, whole)  # before anything is changed
     quantize(model, bits, skip_modules=[*(config.modules_to_save or []), *whole], progress=progress)
-    prepared = get_peft_model(model, config, adapter_name=adapter_name)
+    with progress_bars(progress):
+        prepared = get_peft_model(model, config, adapter_name=adapter_name)
     assert isinstance(prepared, PeftModel)
     if gradient_checkpointing:
         enable_checkpointing(model)

@@ -374,3 +374,27 @@ def test_all_linear_on_a_plain_module_leaves_attention_that_reads_its_weights_it
     x = torch.randn(2, 5, 32)
     expected = model(x)
     torch.testing.assert_close(qsvft.prepare(model, bits=16)(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_is_shown_unless_it_is_switched_off(llama, shown, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, iterable=None, desc="", disable=False, **_):
+            self.iterable, self.total = iterable, None
+            bars.append((desc, not disable))
+
+        def __iter__(self):
+            return iter(self.iterable)
+
+        def update(self):
+            pass
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("qsvft.quantization.tqdm", Bar)
+    monkeypatch.setattr("qsvft.tuner.model.tqdm", Bar)
+    qsvft.prepare(load(llama), bits=4, progress=shown)
+    assert bars == [("quantising to 4 bits", shown), ("decomposing", shown)]

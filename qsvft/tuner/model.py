@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -18,6 +19,18 @@ from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .targets import all_linear, check_targets
+
+_SHOW_PROGRESS: ContextVar[bool] = ContextVar("qsvft_show_progress", default=True)
+
+
+@contextmanager
+def progress_bars(show: bool) -> Iterator[None]:
+    """Show or hide the progress bar over decompositions."""
+    token = _SHOW_PROGRESS.set(show)
+    try:
+        yield
+    finally:
+        _SHOW_PROGRESS.reset(token)
 
 
 class QSVFTModel(BaseTuner):
@@ -44,7 +57,8 @@ class QSVFTModel(BaseTuner):
 
     @contextmanager
     def _decomposition_progress(self) -> Iterator[None]:
-        self._progress = tqdm(desc="decomposing", unit="matrix", delay=1.0, leave=False)
+        hidden = not _SHOW_PROGRESS.get()
+        self._progress = tqdm(desc="decomposing", unit="matrix", delay=1.0, leave=False, disable=hidden)
         try:
             yield
         finally:
