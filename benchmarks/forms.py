@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qsvft.decomposition import decompose
-from qsvft.factors import hold
+from qsvft.factors import Factors, hold
 from qsvft.functional import bounded_inverse, sparse_update, two_sided_update
 from qsvft.patterns import Pattern, banded
 
@@ -93,9 +93,10 @@ def apply(x: Tensor, W: Tensor, U: Tensor, V: Tensor, scale: Tensor | None, valu
     return sparse_update(x, x, V, V, values, pattern, scale, "rows") @ W.T
 
 
-def dense_update(W: Tensor, factors: object, scale: Tensor | None, values: Tensor, pattern: Pattern) -> Tensor:
-    M = pattern.dense(values.double())
-    U, V = factors.U.double(), factors.V.double()  # type: ignore[attr-defined]
+def dense_update(W: Tensor, factors: Factors, scale: Tensor | None, values: Tensor, pattern: Pattern) -> Tensor:
+    assert factors.U is not None
+    assert factors.V is not None
+    M, U, V = pattern.dense(values.double()), factors.U.double(), factors.V.double()
     if scale is None:
         return U.T @ M @ V
     return W.double() @ V.T @ (scale[:, None] * M) @ V

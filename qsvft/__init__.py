@@ -7,10 +7,10 @@ Importing this package registers the method with PEFT.
 """
 
 from . import import_notices as import_notices  # before anything imports bitsandbytes
-from .memory import MemoryReport, profile
+from .memory import MemoryReport, held_bytes, profile
 from .prepare import prepare
 from .quantization import quantize
-from .tuner import QSVFTConfig, QSVFTModel, held_bytes
+from .tuner import QSVFTConfig, QSVFTModel
 from .version import __version__
 
 __all__ = [

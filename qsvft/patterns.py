@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -31,22 +32,22 @@ def banded_count(rank: int, off_diagonals: int) -> int:
     return rank * (2 * off_diagonals + 1) - off_diagonals * (off_diagonals + 1)
 
 
-class Pattern(nn.Module):
+class Pattern(nn.Module, ABC):
     """A fixed set of entries of the k x k matrix M."""
 
     rank: int
     count: int
 
+    @abstractmethod
     def indices(self) -> tuple[Tensor, Tensor]:
         """Rows and columns of the entries, int64, row-major."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, h: Tensor, values: Tensor, scale: Tensor | None = None, scale_side: ScaleSide = "rows") -> Tensor:
         """z = N h with N = diag(scale) M or M diag(scale); h and z are (tokens, k)."""
-        raise NotImplementedError
 
     def dense(self, values: Tensor) -> Tensor:
-        """M as a dense k x k matrix, for merging and for tests."""
+        """M as a dense k x k matrix: the reference that products are held against."""
         rows, columns = self.indices()
         matrix = values.new_zeros(self.rank, self.rank)
         return matrix.index_put((rows.to(values.device), columns.to(values.device)), values)

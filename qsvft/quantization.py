@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from .shapes_only import shapes_only_active
 
 BITS = (4, 8, 16)
+_UNIT_ROWS = 512
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -170,6 +171,22 @@ def dense_weight(layer: nn.Module) -> Tensor | None:
     if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
         return layer.weight.detach()
     return None
+
+
+def read_through(layer: nn.Module, in_features: int) -> Tensor:
+    """The weight (m, n) of a layer of unknown storage (GPTQ, AWQ, ...): its response to unit vectors."""
+    held = [*layer.parameters(), *layer.buffers()]
+    device = held[0].device if held else None
+    dtype = next((t.dtype for t in held if t.is_floating_point()), torch.float32)
+    columns = []
+    with torch.no_grad():
+        bias = layer(torch.zeros(1, in_features, device=device, dtype=dtype))
+        for start in range(0, in_features, _UNIT_ROWS):
+            stop = min(start + _UNIT_ROWS, in_features)
+            unit = torch.zeros(stop - start, in_features, device=device, dtype=dtype)
+            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            columns.append((layer(unit) - bias).t())
+    return torch.cat(columns, dim=1)
 
 
 def product_without_bias(layer: nn.Module, x: Tensor) -> Tensor | None:

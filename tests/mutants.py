@@ -257,8 +257,8 @@ MUTANTS = (
     Mutant(
         "merging forgets W",
         "tuner/layer.py",
-        "merged = self.original_weight().float()",
-        "merged = torch.zeros_like(self.original_weight().float())",
+        "merged = W.clone()",
+        "merged = torch.zeros_like(W)",
         ("tuner/test_layer.py::test_merging_gives_the_adapters_outputs_and_unmerging_the_base_bit_for_bit",),
     ),
     Mutant(

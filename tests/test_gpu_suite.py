@@ -162,10 +162,11 @@ def test_a_rehearsed_step_is_the_one_the_ledger_counts(suite):
     """The card is measured over the suite's own step, so that has to allocate what the prediction counts."""
     suite("stages")
     steps = suite("steps")
+    from qsvft.memory.held import held_tensors
     from qsvft.memory.ledger import Ledger
     from qsvft.memory.methods import parse_method
     from qsvft.memory.presets import model_config
-    from qsvft.memory.step import count_step, held_tensors
+    from qsvft.memory.scenario import count_step
 
     method = parse_method("qsvft")
     predicted = count_step(model_config("tiny"), method, 1, 64)[0].peaks()["total"].nbytes

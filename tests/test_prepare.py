@@ -176,13 +176,15 @@ def test_held_bytes_add_up_to_every_tensor_of_the_model(model):
     assert held["M"] == sum(p.numel() * 4 for p in coefficients(prepared).values())
     factors = [t for layer in adapted(prepared).values() for t in vars(layer.factors()).values() if t is not None]
     assert held["factors"] == sum(t.numel() * t.element_size() for t in factors)
-    base = 0
+    base, states = 0, {}
     for parameter in prepared.parameters():
         if not parameter.requires_grad:
             base += parameter.numel() * parameter.element_size()
-            quantisation = getattr(parameter, "quant_state", None)
-            if quantisation is not None:
-                base += quantisation.absmax.numel() + quantisation.state2.absmax.numel() * 4
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                for tensor in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code):
+                    states[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    base += sum(states.values())
     buffers = sum(b.numel() * b.element_size() for n, b in prepared.named_buffers() if "qsvft_" not in n)
     assert held["base"] == base + buffers
 

@@ -13,9 +13,8 @@ from results import FAILED, Rows
 
 from qsvft.memory.methods import parse_method
 from qsvft.memory.presets import model_config
-from qsvft.memory.scenario import one_line
+from qsvft.memory.scenario import count_step, one_line
 from qsvft.memory.shapes import empty_model
-from qsvft.memory.step import count_step
 
 Case = tuple[str, str, int]
 

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -57,7 +56,7 @@ def measure(case: Case) -> dict[str, Any]:
 
     from qsvft.memory.methods import parse_method
     from qsvft.memory.presets import model_config
-    from qsvft.memory.step import count_step
+    from qsvft.memory.scenario import count_step
 
     torch.set_num_threads(1)
     name, seq_len, checkpointing, method = case
@@ -118,11 +117,9 @@ def installed() -> dict[str, str]:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write atomically."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".json")
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.replace(name, path)
+    from qsvft.memory.report import write_whole
+
+    write_whole(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def main() -> int:

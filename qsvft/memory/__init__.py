@@ -1,5 +1,6 @@
 """The memory of a training step, predicted: ``qsvft.profile`` and what it is made of."""
 
+from .held import held_bytes
 from .methods import DEFAULT_METHODS, METHODS, Method, parse_method
 from .presets import PRESETS
 from .profiler import profile
@@ -14,6 +15,7 @@ __all__ = [
     "MemoryReport",
     "Method",
     "Row",
+    "held_bytes",
     "parse_method",
     "profile",
 ]

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..prepare import prepare
+from .held import held_tensors
 from .ledger import Ledger
-from .step import held_tensors
 
 
 @dataclass(frozen=True)

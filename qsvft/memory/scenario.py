@@ -34,6 +34,18 @@ class Scenario:
         )
 
 
+def count_step(
+    config: PretrainedConfig,
+    method: Method,
+    batch_size: int,
+    seq_len: int,
+    gradient_checkpointing: bool = True,
+    optimizer: str = "adamw",
+) -> tuple[Ledger, int]:
+    """Count one training step of a method on the meta device: the ledger, and the trainable parameters."""
+    return Scenario(config, method, gradient_checkpointing, optimizer, "meta").count(batch_size, seq_len)
+
+
 def random_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
     """A frozen causal language model with random weights in bf16.
 

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..prepare import enable_checkpointing
+from .held import held_tensors
 from .ledger import Ledger
-from .methods import Method, build
-from .shapes import empty_model
 
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
-_FACTORS = ("qsvft_U", "qsvft_V", "qsvft_s", "qsvft_rms")
-
-
-def count_step(
-    config: PretrainedConfig,
-    method: Method,
-    batch_size: int,
-    seq_len: int,
-    gradient_checkpointing: bool = True,
-    optimizer: str = "adamw",
-) -> tuple[Ledger, int]:
-    """Count one training step of a method on the meta device.
-
-    Returns:
-        The ledger, and the number of trainable parameters.
-    """
-    base = empty_model(config)
-    head = base.get_output_embeddings()
-    model = build(method, base)
-    return count_on(model, base, head, batch_size, seq_len, gradient_checkpointing, optimizer)
 
 
 def count_on(
@@ -119,32 +96,3 @@ def _checkpointing_off(base: PreTrainedModel) -> None:
         base.activation_checkpointing_disable()
     else:
         base.gradient_checkpointing_disable()
-
-
-def held_tensors(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
-    """Every tensor that a model holds, quantisation states included, with its category."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield parameter, "trainable"
-        else:
-            yield parameter, "base weights" if _is_matrix(name, parameter) else "other weights"
-        yield from ((tensor, "base weights") for tensor in _quant_state(parameter))
-    for name, buffer in model.named_buffers():
-        leaf = name.split(".")[-1]
-        yield buffer, "factors" if leaf in (*_FACTORS, "U", "s", "V") else "other weights"
-
-
-def _is_matrix(name: str, parameter: Tensor) -> bool:
-    embedding = any(part in name for part in ("embed", "lm_head"))
-    return parameter.dim() == 2 and not embedding
-
-
-def _quant_state(parameter: Any) -> list[Tensor]:
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return []
-    nested = state.state2
-    tensors = [state.absmax, state.code, state.offset]
-    if nested is not None:
-        tensors += [nested.absmax, nested.code]
-    return [t for t in tensors if isinstance(t, Tensor)]

@@ -2,9 +2,9 @@
 
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
-from .model import QSVFTModel, held_bytes
+from .model import QSVFTModel
 from .registration import register
 
 register()
 
-__all__ = ["QSVFTConfig", "QSVFTLinear", "QSVFTModel", "held_bytes"]
+__all__ = ["QSVFTConfig", "QSVFTLinear", "QSVFTModel"]

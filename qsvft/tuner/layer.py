@@ -30,13 +30,11 @@ from .. import patterns
 from ..decomposition import Sides, small_side
 from ..factors import Factors, make_factors, needed_sides
 from ..functional import bounded_inverse, input_side_update, output_side_update, two_sided_update
-from ..quantization import check_weight, dense_layer, dense_weight, product_without_bias, weight_digest
+from ..quantization import check_weight, dense_layer, dense_weight, product_without_bias, read_through, weight_digest
 from .config import QSVFTConfig
 from .parameter import Float32Parameter
 from .probe import SIZE, TOLERANCE, fixed_noise, relative_difference, sketch
 from .targets import rank_of, shape_of
-
-_PROBE_ROWS = 512
 
 
 class QSVFTLinear(nn.Module, BaseTunerLayer):
@@ -171,23 +169,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         """The base weight (m, n) as held, dense and without merged adapters."""
         base = self.original_base()
         weight = dense_weight(base)
-        return weight if weight is not None else self._read_through(base)
-
-    def _read_through(self, base: nn.Module) -> Tensor:
-        """The weight of a layer of unknown storage (GPTQ, AWQ, ...): its response to unit vectors."""
-        parameter = next((t for t in (*base.parameters(), *base.buffers())), None)
-        device = None if parameter is None else parameter.device
-        floats = (t.dtype for t in (*base.parameters(), *base.buffers()) if t.is_floating_point())
-        dtype = next(floats, torch.float32)
-        columns = []
-        with torch.no_grad():
-            bias = base(torch.zeros(1, self.in_features, device=device, dtype=dtype))
-            for start in range(0, self.in_features, _PROBE_ROWS):
-                stop = min(start + _PROBE_ROWS, self.in_features)
-                unit = torch.zeros(stop - start, self.in_features, device=device, dtype=dtype)
-                unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
-                columns.append((base(unit) - bias).t())
-        return torch.cat(columns, dim=1)
+        return weight if weight is not None else read_through(base, self.in_features)
 
     # --- forward ----------------------------------------------------------------------------------
 
@@ -325,10 +307,13 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW = U M Vᵀ (m, n) in fp32, what the forward applies, with the factors and the scale as held."""
-        W = self.original_weight().float()
+        return self._delta(adapter, self.original_weight().float())
+
+    def _delta(self, adapter: str, W: Tensor) -> Tensor:
         unit = torch.eye(self.in_features, device=W.device)
         return self._apply_delta(adapter, unit, self.qsvft_M[adapter].detach(), W).T
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base layer by a dense one with W + dW.
 
@@ -342,9 +327,10 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         for name in names:
             self._check(name)
         original = self.original_base()
-        merged = self.original_weight().float()
+        W = self.original_weight().float()
+        merged = W.clone()
         for name in (*self.merged_adapters, *names):
-            merged = merged + self.get_delta_weight(name)
+            merged += self._delta(name, W)
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 f"{self.module_name}: merging {names} gives NaN or Inf; expected finite weights. The adapter is "

@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any, ClassVar
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
@@ -169,41 +168,3 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "weights": kinds,
         "versions": {"qsvft": __version__, **{name: version(name).split("+")[0] for name in packages}},
     }
-
-
-def held_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes that a (prepared) model holds, by kind.
-
-    Returns:
-        "base": the frozen weights with their quantisation state, "factors": U, V, s, "M": the
-        trainable coefficients, "other": anything else (patterns, probes, modules to save). Storage
-        shared by several tensors counts once.
-    """
-    totals = {"base": 0, "factors": 0, "M": 0, "other": 0}
-    seen: set[int] = set()
-
-    def count(kind: str, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen or tensor.is_meta:
-            seen.add(storage.data_ptr())
-            totals[kind] += storage.nbytes()
-
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        leaf = next((part for part in name.split(".") if part.startswith("qsvft_")), "")
-        kind = {"qsvft_M": "M", "": "base"}.get(leaf, "factors" if leaf in _FACTOR_BUFFERS else "other")
-        if ".modules_to_save." in name:
-            kind = "other"
-        count(kind, tensor)
-        state = getattr(tensor, "quant_state", None)
-        nested = getattr(state, "state2", None)
-        for extra in (getattr(state, "absmax", None), getattr(nested, "absmax", None)):
-            if isinstance(extra, torch.Tensor):
-                count("base", extra)
-    for module in model.modules():
-        scale = getattr(getattr(module, "state", None), "SCB", None)
-        if isinstance(scale, torch.Tensor):
-            count("base", scale)
-    return totals
-
-
-_FACTOR_BUFFERS = ("qsvft_U", "qsvft_V", "qsvft_s", "qsvft_rms")

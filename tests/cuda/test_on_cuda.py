@@ -208,7 +208,7 @@ def test_the_allocators_peak_is_within_the_band_of_the_prediction(method, monkey
     from steps import Card, build
 
     from qsvft.memory.methods import parse_method
-    from qsvft.memory.step import count_step
+    from qsvft.memory.scenario import count_step
 
     config = LlamaConfig(
         hidden_size=1024,

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qsvft.memory.ledger import CATEGORIES, GRANULARITY, Ledger, rounded
 from qsvft.memory.methods import METHODS, build, parse_method
 from qsvft.memory.presets import model_config
+from qsvft.memory.scenario import count_step
 from qsvft.memory.shapes import ATTENTION
-from qsvft.memory.step import count_on, count_step, make_optimizer
+from qsvft.memory.step import count_on, make_optimizer
 
 VARIANTS = (
     *METHODS,
