@@ -1,0 +1,110 @@
+"""Leaner activations: frozen normalisation layers keep their input, not the fp32 copies they compute with.
+
+An RMSNorm of transformers keeps its input in fp32 for the backward, 4 bytes an entry beside the 2 of the
+input that is alive anyway. Here it keeps the input alone and computes itself again in the backward; the
+same operations on the same numbers, so neither outputs nor gradients change by a bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MARK = "_qsvft_plain_norm"
+
+
+def lean_norms(model: nn.Module) -> nn.Module:
+    """Let a model's frozen normalisation layers keep their input alone, in place.
+
+    Args:
+        model: any model. Layers count by their class's name (``...RMSNorm``, ``...LayerNorm``); a layer whose
+            weight trains computes as before.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if _is_norm(module) and not hasattr(type(module), _MARK):
+            plain: Any = type(module)
+            module.__class__ = _lean_class(plain)
+    return model
+
+
+def plain_norms(model: nn.Module) -> nn.Module:
+    """Undo :func:`lean_norms`."""
+    for module in model.modules():
+        plain = getattr(type(module), _MARK, None)
+        if plain is not None:
+            module.__class__ = plain
+    return model
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith(("RMSNorm", "LayerNorm")) and not list(module.children())
+
+
+@functools.cache
+def _lean_class(plain: Any) -> type:
+    """A subclass of a norm's class under the same name. A class of its own, and no closure on the module, leaves
+    copying, saving and freeing a model as they are."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not _may_be_lean(self, x):
+            return plain.forward(self, x, *args, **kwargs)
+        return _Recomputed.apply(x, self, plain.forward)
+
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (plain,), {**names, "forward": forward, "__reduce_ex__": _as_plain, _MARK: plain})
+
+
+def _as_plain(module: Any, protocol: Any) -> Any:
+    """Pickled and copied as the plain class and made lean again, so that no process need know this one."""
+    plain = getattr(type(module), _MARK)
+    return _lean_copy, (plain,), module.__dict__
+
+
+def _lean_copy(plain: Any) -> nn.Module:
+    module: nn.Module = plain.__new__(plain)
+    module.__class__ = _lean_class(plain)
+    return module
+
+
+def _may_be_lean(module: nn.Module, x: object) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not any(p.requires_grad for p in module.parameters())
+    )
+
+
+class _Recomputed(torch.autograd.Function):
+    """forward(module, x), keeping x; the backward runs the forward again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, run: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module, ctx.run = module, run
+        kind = x.device.type
+        ctx.autocast = None if x.is_meta else (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        result: Tensor = run(module, x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            if ctx.autocast is None:
+                y = ctx.run(ctx.module, leaf)
+            else:
+                kind, enabled, dtype = ctx.autocast
+                with torch.autocast(kind, dtype=dtype, enabled=enabled):
+                    y = ctx.run(ctx.module, leaf)
+        (grad,) = torch.autograd.grad(y, leaf, g)
+        return grad, None, None

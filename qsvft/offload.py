@@ -1,0 +1,167 @@
+"""Checkpoints on the CPU: what a forward keeps for its backward waits in host memory.
+
+    forward     layer input --(copy)--> host           device bytes: layers x batch x tokens x width, gone
+    backward    layer input <--(copy)-- host           one layer's input at a time
+
+With gradient checkpointing what is kept is each layer's input, 16 MiB a layer for 2048 tokens of width
+4096. Without it whatever autograd keeps of the layers travels, which is far more and far slower.
+
+The module that runs the layers (a model's decoder, say) gets a pair of hooks that put torch's
+``saved_tensors_hooks`` around its forward. Weights and factors, which matrix products keep too, stay
+where they are, and so does everything small or of whole numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+MIN_BYTES = 2**20
+_HOSTS = ("cpu",)
+_ATTRIBUTE = "qsvft_offload"
+
+
+def offload_checkpoints(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
+    """Keep what the layers' forward saves for the backward in host memory, until :func:`stop_offloading`.
+
+    Gradients stay bitwise the same. On CUDA the copies go through pinned memory, queued on the stream that
+    computes; on a CPU there is nothing to move and nothing is. Calling it again changes ``min_bytes``.
+
+    Args:
+        model: a transformers model, with adapters or without.
+        min_bytes: smaller tensors stay on the device.
+
+    Raises:
+        ValueError: the model has no layers that transformers can checkpoint.
+    """
+    callers = list(_callers(model))
+    if not callers:
+        raise ValueError(
+            f"{type(model).__name__}: found no layer that transformers can checkpoint (GradientCheckpointingLayer), "
+            "expected a model whose decoder or encoder consists of them. Leave offload_checkpoints off."
+        )
+    stop_offloading(model)
+    for caller in callers:
+        handles = (
+            caller.register_forward_pre_hook(_enter),
+            caller.register_forward_hook(_leave, always_call=True),
+        )
+        setattr(caller, _ATTRIBUTE, _Offloading(min_bytes, handles))
+
+
+def stop_offloading(model: nn.Module) -> None:
+    """Undo :func:`offload_checkpoints`; what waits in host memory already is still fetched from there."""
+    for module in model.modules():
+        offloading = vars(module).get(_ATTRIBUTE)
+        if offloading is not None:
+            for handle in offloading.handles:
+                handle.remove()
+            delattr(module, _ATTRIBUTE)
+
+
+def _callers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forward calls the outermost checkpointed layers."""
+    modules = dict(model.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)]
+    seen: set[int] = set()
+    for name in layers:
+        if any(name.startswith(f"{other}.") for other in layers):
+            continue  # recomputed with the layer around it
+        parent = modules[name.rpartition(".")[0]]
+        while isinstance(parent, (nn.ModuleList, nn.ModuleDict)):  # these are never called
+            name = name.rpartition(".")[0]
+            parent = modules[name.rpartition(".")[0]]
+        if id(parent) not in seen:
+            seen.add(id(parent))
+            yield parent
+
+
+# --- around a forward -----------------------------------------------------------------------------
+
+
+@dataclass
+class _Offloading:
+    """What a module that offloads carries: its threshold, its hooks, and the context of a forward that runs."""
+
+    min_bytes: int
+    handles: tuple[RemovableHandle, ...]
+    running: list[saved_tensors_hooks] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Leave the context, and that of an earlier forward which the keyboard interrupted: no hook is called then."""
+        while self.running:
+            self.running.pop().__exit__(None, None, None)
+
+
+# Functions of the module alone: a bound method would close a reference cycle through the module, and
+# would bind a copy of the model to the original.
+def _enter(module: nn.Module, _: Any) -> None:
+    offloading: _Offloading = vars(module)[_ATTRIBUTE]
+    if torch.is_grad_enabled():
+        context = saved_tensors_hooks(_Packer(module, offloading.min_bytes), _unpack)
+        context.__enter__()
+        offloading.running.append(context)
+
+
+def _leave(module: nn.Module, *_: Any) -> None:
+    vars(module)[_ATTRIBUTE].close()
+
+
+class _Packer:
+    """Decides which saved tensors travel, and sends them."""
+
+    def __init__(self, module: nn.Module, min_bytes: int) -> None:
+        self.min_bytes = min_bytes
+        # Storages: what a product keeps of a weight is a view of it.
+        self.held = {t.untyped_storage()._cdata for t in chain(module.parameters(), module.buffers())}
+
+    def __call__(self, tensor: Tensor) -> Tensor | _Away:
+        return _Away(tensor) if self._travels(tensor) else tensor
+
+    def _travels(self, tensor: Tensor) -> bool:
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type in _HOSTS:
+            return False
+        if not tensor.is_floating_point() or tensor.nbytes < self.min_bytes:
+            return False
+        storage = tensor.untyped_storage()
+        # A view of something larger would free nothing by going.
+        return storage.nbytes() == tensor.nbytes and _fills_its_memory(tensor) and storage._cdata not in self.held
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    """Whether each element has a place of its own, without gaps: an expanded tensor could not be copied into."""
+    by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(by_stride).is_contiguous()
+
+
+class _Away:
+    """A tensor that waits in host memory; of one without values (meta) only the shape is kept."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device, self.dtype = tensor.device, tensor.dtype
+        self.size, self.stride = tensor.size(), tensor.stride()
+        self.pinned = tensor.is_cuda
+        self.host = None if tensor.is_meta else self._copy(tensor)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        with torch.no_grad():
+            host = torch.empty_strided(self.size, self.stride, dtype=self.dtype, pin_memory=self.pinned)
+            return host.copy_(tensor, non_blocking=self.pinned)
+
+    def fetch(self) -> Tensor:
+        """The tensor on its device again, with its strides."""
+        with torch.no_grad():
+            tensor = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+            return tensor if self.host is None else tensor.copy_(self.host, non_blocking=self.pinned)
+
+
+def _unpack(packed: Tensor | _Away) -> Tensor:
+    return packed.fetch() if isinstance(packed, _Away) else packed

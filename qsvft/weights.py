@@ -1,0 +1,234 @@
+"""Reading the weight of a layer, however it holds it, and making a dense layer of it again."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .shapes_only import shapes_only_active
+
+_UNIT_ROWS = 512
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class HeldLinear(nn.Module, ABC):
+    """A linear layer of our own that holds its weight in another way than as a matrix."""
+
+    @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """The weight (m, n), fp32."""
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """W x without the bias, differentiable in x."""
+
+    @property
+    @abstractmethod
+    def dense_dtype(self) -> torch.dtype:
+        """The dtype that its weight had and that a dense layer in its place gets."""
+
+    @abstractmethod
+    def stored_tensors(self) -> Iterator[Tensor]:
+        """What holds the weight."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """How the weight is held, in words that an adapter's config can record."""
+
+
+def check_weight(name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight cannot be quantised or decomposed, naming the module."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    if weight.device.type == "meta":
+        if shapes_only_active():
+            return
+        raise ValueError(
+            f"{name}: its weight is on the meta device (no values). Load the weights first, for "
+            "example with from_pretrained() and without an offloading device_map."
+        )
+    if isinstance(layer, bnb.nn.Linear4bit):
+        check_quant_state(name, layer)
+        return
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return
+    if weight.dtype not in _FLOATS:
+        if weight.is_floating_point() or type(layer) in (nn.Linear, Conv1D):
+            raise ValueError(
+                f"{name}: weight dtype {weight.dtype} is not supported; expected float32, bfloat16 or "
+                "float16. Convert the model first, for example with model.to(torch.bfloat16)."
+            )
+        return  # another library's packed integers, read through the layer itself
+    bad = int((~torch.isfinite(weight.detach())).sum())
+    if bad:
+        raise ValueError(
+            f"{name}: its weight holds {bad} NaN or Inf values of {weight.numel()}; expected finite "
+            "numbers. The checkpoint is damaged, or overflowed in float16; load it again, in bfloat16 or "
+            "float32."
+        )
+
+
+def check_quant_state(name: str, layer: bnb.nn.Linear4bit) -> None:
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        raise ValueError(
+            f"{name}: a 4-bit layer without quantisation state; its weight was never quantised. Move "
+            'the model to its device first, for example model.to("cpu").'
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name}: bitsandbytes has repacked this 4-bit weight for AVX512 inference (an eval forward "
+            "on this CPU does that in place), which loses its quantisation state. Expected the plain NF4 "
+            "layout. Load the model again and call qsvft before any forward."
+        )
+
+
+# --- reading weights ------------------------------------------------------------------------------
+
+
+def dense_weight(layer: nn.Module) -> Tensor | None:
+    """The weight (m outputs, n inputs) as held, dense; None for a layer type not known here."""
+    if isinstance(layer, HeldLinear):
+        return layer.dense_weight()
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        scale = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+        data = layer.weight.data if layer.weight.CB is None else layer.weight.CB
+        return data.float() * (scale.float().view(-1, 1) / 127.0)
+    if isinstance(layer, Conv1D):
+        return layer.weight.detach().t()
+    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+        return layer.weight.detach()
+    return None
+
+
+def read_through(layer: nn.Module, in_features: int) -> Tensor:
+    """The weight (m, n) of a layer of unknown storage (GPTQ, AWQ, ...): its response to unit vectors."""
+    held = [*layer.parameters(), *layer.buffers()]
+    device = held[0].device if held else None
+    dtype = next((t.dtype for t in held if t.is_floating_point()), torch.float32)
+    columns = []
+    with torch.no_grad():
+        bias = layer(torch.zeros(1, in_features, device=device, dtype=dtype))
+        for start in range(0, in_features, _UNIT_ROWS):
+            stop = min(start + _UNIT_ROWS, in_features)
+            unit = torch.zeros(stop - start, in_features, device=device, dtype=dtype)
+            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            columns.append((layer(unit) - bias).t())
+    return torch.cat(columns, dim=1)
+
+
+def product_without_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """W x without the layer's bias, differentiable; None for a layer type not known here."""
+    if isinstance(layer, HeldLinear):
+        return layer.product(x)
+    if isinstance(layer, bnb.nn.Linear4bit):
+        inner = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
+        return bnb.matmul_4bit(inner, layer.weight, quant_state=layer.weight.quant_state).to(x.dtype)
+    if isinstance(layer, Conv1D):
+        return x @ layer.weight
+    if type(layer) is nn.Linear:
+        return nn.functional.linear(x, layer.weight)
+    return None
+
+
+def weight_digest(layer: nn.Module) -> bytes:
+    """SHA-256 of the weight's own bytes, as stored (packed values and their scales)."""
+    sha = hashlib.sha256()
+    for tensor in stored_tensors(layer):
+        if tensor.is_meta:
+            return b""
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.digest()
+
+
+def stored_tensors(layer: nn.Module) -> Iterator[Tensor]:
+    """The tensors that hold a layer's weight: packed values and their scales."""
+    if isinstance(layer, HeldLinear):
+        yield from layer.stored_tensors()
+        return
+    weight = next((getattr(layer, n) for n in ("weight", "qweight") if hasattr(layer, n)), None)
+    if not isinstance(weight, Tensor):
+        return
+    yield weight.data
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        yield state.absmax
+        if state.nested:
+            yield state.state2.absmax
+            yield state.offset.reshape(1)
+    scale = getattr(getattr(layer, "state", None), "SCB", None)
+    if scale is None:
+        scale = getattr(weight, "SCB", None)
+    if scale is not None:
+        yield scale
+
+
+def describe_base(layer: nn.Module) -> dict[str, Any]:
+    """How a base layer holds its weight, in words that an adapter's config can record."""
+    if isinstance(layer, HeldLinear):
+        return layer.describe()
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = layer.weight.quant_state
+        return {
+            "bits": 4,
+            "quant_type": state.quant_type,
+            "double_quant": bool(state.nested),
+            "block_size": int(state.blocksize),
+            "dtype": _dtype_name(state.dtype),
+        }
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return {"bits": 8, "quant_type": "int8"}
+    kind = "none" if isinstance(layer, (nn.Linear, Conv1D)) else type(layer).__name__
+    return {"bits": 16, "quant_type": kind, "dtype": _dtype_name(getattr(weight, "dtype", None))}
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+# --- dense again ----------------------------------------------------------------------------------
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The floating dtype a dense replacement of this layer should have."""
+    if isinstance(layer, HeldLinear):
+        return layer.dense_dtype
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return layer.weight.quant_state.dtype
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.dtype
+    bias = getattr(layer, "bias", None)
+    if isinstance(bias, Tensor) and bias.is_floating_point():
+        return bias.dtype
+    return getattr(layer, "qsvft_dtype", torch.bfloat16)
+
+
+def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A plain ``nn.Linear`` (or ``Conv1D``, where the layer was one) with this (m, n) weight."""
+    dtype = compute_dtype(layer)
+    bias = getattr(layer, "bias", None)
+    weight = weight.to(dtype)
+    if isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D:
+        new: nn.Module = Conv1D(1, 1)
+        new.nf, new.nx = weight.shape  # type: ignore[assignment]
+        new.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+        values = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().to(dtype)
+        new.bias = nn.Parameter(values.clone(), requires_grad=False)
+        return new
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
+    return new.train(layer.training)
