@@ -2,12 +2,14 @@
 
     model = qsvft.prepare(model, bits=4)
     print(qsvft.profile("llama-3-8b"))
+    print(qsvft.recommend("llama-3-8b", card_gib=8))
 
 Importing this package registers the method with PEFT.
 """
 
 from . import import_notices as import_notices  # before anything imports bitsandbytes
-from .memory import MemoryReport, held_bytes, profile
+from .chunked_loss import disable_chunked_loss, enable_chunked_loss
+from .memory import MemoryReport, Recommendation, describe, held_bytes, profile, recommend
 from .prepare import prepare
 from .quantization import quantize
 from .tuner import QSVFTConfig, QSVFTModel
@@ -17,9 +19,14 @@ __all__ = [
     "MemoryReport",
     "QSVFTConfig",
     "QSVFTModel",
+    "Recommendation",
     "__version__",
+    "describe",
+    "disable_chunked_loss",
+    "enable_chunked_loss",
     "held_bytes",
     "prepare",
     "profile",
     "quantize",
+    "recommend",
 ]

@@ -7,7 +7,7 @@ N is k x k and sparse: N = diag(scale) M ("rows"), M diag(scale) ("columns") or 
 
 Only h is kept for the backward, in the compute dtype; N is rebuilt there. N is cast down to the
 dtype of h, h is never cast up. Sums over tokens run in chunks and accumulate in fp32 (fp64 for
-fp64), so that temporaries stay at 2048 rows whatever the sequence length.
+fp64), so that temporaries stay at 512 rows whatever the sequence length.
 """
 
 from __future__ import annotations
@@ -20,10 +20,55 @@ from torch import Tensor
 
 ScaleSide = Literal["rows", "columns"]
 
-_TOKENS = 2048
+_TOKENS = 512
 _ROUNDED = 256
 _BLOCK = 64
 _ENTRIES = 4096
+
+
+class _Kept(torch.autograd.Function):
+    """h itself, which this node keeps for the backward of what reads it.
+
+    A checkpoint recomputes a layer until its last saved tensor is there. With h saved here, ahead of the
+    product, the recomputation of a last layer ends with h: no z, no product with the other factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.keeps_h = True
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def _keep(h: Tensor) -> Tensor:
+    kept: Tensor = h if torch.compiler.is_compiling() else _Kept.apply(h)
+    return kept
+
+
+def _save(ctx: Any, h: Tensor, values: Tensor, scale: Tensor | None) -> None:
+    """Save what a product's backward reads: h through the node that keeps it, where there is one."""
+    node = None if torch.compiler.is_compiling() else h.grad_fn
+    ctx.kept = node if getattr(node, "keeps_h", False) else None
+    if ctx.kept is None:
+        ctx.save_for_backward(h, values, scale)
+    else:
+        # M and the scale are alive anyway; what saving M would add is this check.
+        ctx.rest, ctx.version = (values, scale), values._version
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    if ctx.kept is None:
+        h, values, scale = ctx.saved_tensors
+        return h, values, scale
+    values, scale = ctx.rest
+    if values._version != ctx.version:
+        raise RuntimeError("M was changed in place between the forward and the backward; step the optimizer afterwards")
+    (h,) = ctx.kept.saved_tensors
+    return h, values, scale
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -192,7 +237,7 @@ class _BandedCoefficients(torch.autograd.Function):
         side: ScaleSide,
         off_diagonals: int,
     ) -> Tensor:
-        ctx.save_for_backward(h, values, scale)
+        _save(ctx, h, values, scale)
         ctx.side, ctx.off_diagonals = side, off_diagonals
         band = _scaled_band(band_from_values(values, h.shape[1], off_diagonals), scale, side, off_diagonals)
         band = band.to(h.dtype)
@@ -200,7 +245,7 @@ class _BandedCoefficients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        h, values, scale = ctx.saved_tensors
+        h, values, scale = _saved(ctx)
         d, side = ctx.off_diagonals, ctx.side
         grad_h = grad_values = None
         if ctx.needs_input_grad[0]:
@@ -232,7 +277,7 @@ def banded_coefficients(
     Returns:
         (tokens, k), in the dtype of h.
     """
-    result: Tensor = _BandedCoefficients.apply(h, values, scale, scale_side, off_diagonals)
+    result: Tensor = _BandedCoefficients.apply(_keep(h), values, scale, scale_side, off_diagonals)
     return result
 
 
@@ -282,15 +327,16 @@ class _IndexedCoefficients(torch.autograd.Function):
         columns: Tensor,
         offsets: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(h, values, scale, columns, offsets)
-        ctx.side = side
+        _save(ctx, h, values, scale)
+        ctx.side, ctx.entries = side, (columns, offsets)
         if scale is not None:
             values = values * _entry_scale(scale, side, columns, offsets).to(values.dtype)
         return _gathered(h, values.to(h.dtype), columns, offsets)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        h, values, scale, columns, offsets = ctx.saved_tensors
+        h, values, scale = _saved(ctx)
+        columns, offsets = ctx.entries
         entry_scale = None if scale is None else _entry_scale(scale, ctx.side, columns, offsets)
         rows = entry_rows(columns, offsets)
         grad_h = grad_values = None
@@ -338,5 +384,5 @@ def indexed_coefficients(
     Returns:
         (tokens, k), in the dtype of h.
     """
-    result: Tensor = _IndexedCoefficients.apply(h, values, scale, scale_side, columns, offsets)
+    result: Tensor = _IndexedCoefficients.apply(_keep(h), values, scale, scale_side, columns, offsets)
     return result

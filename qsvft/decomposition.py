@@ -78,8 +78,21 @@ def decompose(weight: Tensor, rank: int, sides: Sides = "one") -> Decomposition:
         return Decomposition((U * signs).contiguous(), s.contiguous(), (V * signs).contiguous())
 
     side = small_side(weight.shape)
-    squares, vectors = torch.linalg.eigh(W.T @ W if side == "input" else W @ W.T)
+    s, basis = vectors_of_gram(W.T @ W if side == "input" else W @ W.T, rank)
+    return Decomposition(None, s, basis) if side == "input" else Decomposition(basis, s, None)
+
+
+def vectors_of_gram(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first singular values and vectors of a weight from its Gram matrix WᵀW, or W Wᵀ.
+
+    Args:
+        gram: (n, n) fp64, symmetric.
+        rank: k.
+
+    Returns:
+        s (k,), descending, and the vectors as rows (k, n), signs fixed.
+    """
+    squares, vectors = torch.linalg.eigh(gram)
     s = squares.flip(0)[:rank].clamp_min(0).sqrt()
     basis = vectors.T.flip(0)[:rank]
-    basis = (basis * _signs(basis).unsqueeze(1)).contiguous()
-    return Decomposition(None, s, basis) if side == "input" else Decomposition(basis, s, None)
+    return s, (basis * _signs(basis).unsqueeze(1)).contiguous()

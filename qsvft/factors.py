@@ -1,43 +1,51 @@
-"""How the frozen factors are held beside a weight: which sides, in which dtype, with which scale.
+"""The frozen singular vectors beside a weight: which sides, how they are held, and their scale.
 
-Held are U and V as rows in bf16, s_j = |W v_j| (small side V) or |Wᵀ u_j| (small side U) of the
-*rounded* vectors in fp32, and
-the root mean square of all singular values. With rounded vectors |W v_j| is the more exact scale.
+Held are U and V as rows in 16, 8 or 4 bits (:mod:`qsvft.stored`). The scale of a direction is measured
+on the vector as it is held, s_j = |W v_j| (or |Wᵀ u_j|): with rounded vectors that is more exact than
+the singular value. Of several weights that read the same input, V belongs to all:
+
+    V diag(S²) Vᵀ = W_1ᵀ W_1 + W_2ᵀ W_2 + ...     the right singular vectors of the stacked weight
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .decomposition import Decomposition, Sides, decompose, small_side
+from .basis import Basis, add_coefficients, read_coefficients
+from .decomposition import Sides, decompose, small_side, vectors_of_gram
+from .stored import StoredMatrix
 
-FACTOR_DTYPE = torch.bfloat16
 
+class StoredBasis(nn.Module, Basis):
+    """Directions held as the rows of a :class:`~qsvft.stored.StoredMatrix`."""
 
-@dataclass(frozen=True)
-class Factors:
-    """The frozen factors of one weight.
-
-    Attributes:
-        U: (k, m) bf16 or None.
-        V: (k, n) bf16 or None.
-        s: (k,) fp32, measured on the rounded vectors.
-        rms: scalar fp32, |W|_F / sqrt(min(m, n)).
-    """
-
-    U: Tensor | None
-    V: Tensor | None
-    s: Tensor
-    rms: Tensor
+    def __init__(self, stored: StoredMatrix) -> None:
+        super().__init__()
+        self.stored = stored
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        held = (self.U, self.V, self.s, self.rms)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+    def rank(self) -> int:
+        return self.stored.rows
+
+    @property
+    def size(self) -> int:
+        return self.stored.columns
+
+    def to_coefficients(self, a: Tensor, rank: int) -> Tensor:
+        return read_coefficients(a, self.stored.layout, self.stored.parts(0, rank))
+
+    def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
+        return add_coefficients(base, z, self.stored.layout, self.stored.parts(0, z.shape[1]))
+
+    def dense(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:
+        return self.stored.dense(dtype, 0, rank)
+
+    def extend(self, longer: StoredBasis) -> None:
+        """Take the directions beyond one's own from a longer basis; those held stay as they are."""
+        self.stored.append(longer.stored, self.rank)
 
 
 def needed_sides(sides: Sides, shape: tuple[int, int] | torch.Size) -> tuple[bool, bool]:
@@ -47,34 +55,58 @@ def needed_sides(sides: Sides, shape: tuple[int, int] | torch.Size) -> tuple[boo
     return small_side(shape) == "output", small_side(shape) == "input"
 
 
-def make_factors(weight: Tensor, rank: int, sides: Sides) -> Factors:
-    """Decompose a weight as held and round its factors for holding.
+def make_bases(weight: Tensor, rank: int, sides: Sides, bits: int) -> dict[str, StoredBasis]:
+    """Decompose a weight as held, and hold the vectors that a form needs.
 
     Args:
-        weight: (m, n) dense, the dequantised weight.
+        weight: (m, n) dense, the dequantised weight; on meta only shapes are made.
         rank: k.
         sides: "one" or "both".
+        bits: 16, 8 or 4, how the vectors are held.
+
+    Returns:
+        "U" and "V", or the one of them that the smaller side needs.
     """
-    return _empty(weight, rank, sides) if weight.is_meta else hold(decompose(weight, rank, sides), weight)
+    if weight.is_meta:
+        needs = zip("UV", needed_sides(sides, weight.shape), weight.shape, strict=True)
+        vectors = {side: weight.new_empty(rank, size) for side, needed, size in needs if needed}
+    else:
+        parts = decompose(weight, rank, sides)
+        vectors = {side: rows for side, rows in (("U", parts.U), ("V", parts.V)) if rows is not None}
+    return {side: StoredBasis(StoredMatrix.hold(rows, bits)) for side, rows in vectors.items()}
 
 
-def _empty(weight: Tensor, rank: int, sides: Sides) -> Factors:
-    """Factors without values, for counting bytes."""
-    m, n = weight.shape
-    needs_u, needs_v = needed_sides(sides, weight.shape)
-    U = weight.new_empty((rank, m), dtype=FACTOR_DTYPE) if needs_u else None
-    V = weight.new_empty((rank, n), dtype=FACTOR_DTYPE) if needs_v else None
-    s = weight.new_empty(rank, dtype=torch.float32)
-    return Factors(U, V, s, weight.new_empty((), dtype=torch.float32))
+def make_shared_basis(weights: Iterable[Tensor], rank: int, bits: int) -> StoredBasis:
+    """V of weights (m_i, n) stacked: the directions of the input that all of them read.
+
+    The weights are taken one at a time; only their n x n Gram matrices are added up, in fp64.
+    """
+    gram: Tensor | None = None
+    for weight in weights:
+        if weight.is_meta:
+            return StoredBasis(StoredMatrix.hold(weight.new_empty(rank, weight.shape[1]), bits))
+        W = weight.to(torch.float64)
+        gram = W.T @ W if gram is None else gram.addmm_(W.T, W)
+    assert gram is not None
+    return StoredBasis(StoredMatrix.hold(vectors_of_gram(gram, rank)[1], bits))
 
 
-def hold(parts: Decomposition, weight: Tensor) -> Factors:
-    """Round a decomposition and measure the scale of the rounded vectors."""
+def measured_scale(weight: Tensor, basis: Basis, side: str, rank: int) -> tuple[Tensor, Tensor]:
+    """The lengths s_j that a weight gives to the directions of a basis, and their root mean square.
+
+    Args:
+        weight: (m, n) dense.
+        basis: directions of the input ("V") or the output ("U"), as they are held.
+        side: "V" or "U".
+        rank: k, how many of the directions.
+
+    Returns:
+        s_j = |W v_j| or |Wᵀ u_j|, (k,) fp32, and |W|_F / sqrt(size), the root mean square of such lengths over a whole
+        orthonormal basis, a scalar in fp32.
+    """
+    if weight.is_meta:
+        return weight.new_empty(rank, dtype=torch.float32), weight.new_empty((), dtype=torch.float32)
     W = weight.to(torch.float64)
-    U = None if parts.U is None else parts.U.to(FACTOR_DTYPE)
-    V = None if parts.V is None else parts.V.to(FACTOR_DTYPE)
-    small, product = (V, W) if small_side(W.shape) == "input" else (U, W.T)
-    assert small is not None
-    s = torch.linalg.vector_norm(product @ small.double().T, dim=0)
-    rms = torch.linalg.matrix_norm(W) / min(W.shape) ** 0.5
-    return Factors(U, V, s.float(), rms.float())
+    product = W if side == "V" else W.T
+    s = torch.linalg.vector_norm(product @ basis.dense(torch.float64, rank).T, dim=0)
+    return s.float(), (torch.linalg.matrix_norm(W) / basis.size**0.5).float()

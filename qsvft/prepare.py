@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import vocabulary
+from .activations import lean_norms
+from .chunked_loss import chunked_loss_obstacle, enable_chunked_loss
+from .offload import offload_checkpoints
 from .quantization import quantize
 from .tuner.config import QSVFTConfig
 from .tuner.model import progress_bars
 from .tuner.targets import check_targets
+
+if TYPE_CHECKING:
+    from .memory.recommend import Recommendation
 
 _TASKS = {
     "ForCausalLM": TaskType.CAUSAL_LM,
@@ -30,9 +38,13 @@ def prepare(
     model: nn.Module,
     bits: int = 4,
     *,
+    fit: str | float | Mapping[str, Any] | Recommendation | None = None,
     config: QSVFTConfig | None = None,
     adapter_name: str = "default",
-    gradient_checkpointing: bool = True,
+    gradient_checkpointing: bool | None = None,
+    offload: bool | None = None,
+    chunked_loss: bool = True,
+    quantize_embeddings: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> PeftModel:
@@ -47,9 +59,16 @@ def prepare(
         model: any transformers model or ``nn.Module`` in fp32, bf16 or fp16, or one that transformers
             loaded in 4 or 8 bits.
         bits: 4 (NF4 with double quantisation), 8 (int8) or 16 (base left as it is).
-        config: a whole :class:`QSVFTConfig`; give either this or single options.
+        fit: a card to fit a training step on: "8GiB", "8GB" (10**9 bytes each), a number of GiB, a dict with
+            card_gib, seq_len (2048), batch_size (1) and optimizer ("adamw"), or a :class:`Recommendation`. Options
+            that are not given are then those of :func:`qsvft.recommend`, and not the defaults.
+        config: a whole :class:`QSVFTConfig`; give either this or single options, or ``fit``.
         adapter_name: name of the adapter.
-        gradient_checkpointing: recompute activations in the backward where the model supports it.
+        gradient_checkpointing: recompute activations in the backward where the model supports it (on by default).
+        offload: keep each layer's checkpoint in host memory between forward and backward (off by default).
+        chunked_loss: never hold the logits of a whole batch in training, see :func:`enable_chunked_loss`; models
+            whose loss is another one keep their own.
+        quantize_embeddings: hold frozen token embeddings and output head in 16 (as they are, the default), 8 or 4 bits.
         progress: show progress bars.
         **options: fields of :class:`QSVFTConfig`, such as rank=1024, pattern="plain", sides="both".
             Where ``task_type`` is not given it follows from the model's class, so that a fresh
@@ -60,21 +79,49 @@ def prepare(
 
     Raises:
         ValueError: the model is prepared already, bits or an option out of range, a target that matches
-            nothing, a rank over a layer's limit, NaN or Inf in a weight, a meta-device model.
+            nothing, a rank over a layer's limit, NaN or Inf in a weight, a meta-device model, a card that
+            nothing fits.
     """
     if config is not None and options:
         raise ValueError(f"prepare(): give either config or single options, got both: {sorted(options)}")
     _refuse_prepared(model)
+    if fit is not None:
+        from .memory.fit import fitting_options  # what counts a step prepares a model, and imports this file
+
+        if config is not None:
+            raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
+        switches = {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
+        others = {"chunked_loss": chunked_loss or None, "quantize_embeddings": quantize_embeddings}
+        given = {key: value for key, value in (switches | others).items() if value is not None}
+        chosen = fitting_options(model, fit, bits, {**options, **given}, progress)
+        return prepare(model, bits, adapter_name=adapter_name, progress=progress, **chosen)
     config = config if config is not None else _config(model, options)
-    whole = _left_whole(config)
-    check_targets(model, config, whole)  # before anything is changed
-    quantize(model, bits, skip_modules=[*(config.modules_to_save or []), *whole], progress=progress)
+    trained_whole = [*(config.modules_to_save or []), *_left_whole(config)]
+    targets = check_targets(model, config, _left_whole(config))  # before anything is changed
+    _check_residual(config, bits)
+    vocabulary.check_embeddings(model, quantize_embeddings or 16, skip_modules=trained_whole)
+    # A residual base is quantised where it is made, from the dense weight.
+    quantize(model, bits, skip_modules=[*trained_whole, *(targets if config.residual else ())], progress=progress)
+    if quantize_embeddings not in (None, 16):
+        vocabulary.quantize_embeddings(model, quantize_embeddings, skip_modules=trained_whole)
     with progress_bars(progress):
-        prepared = get_peft_model(model, config, adapter_name=adapter_name)
+        prepared = get_peft_model(lean_norms(model), config, adapter_name=adapter_name)
     assert isinstance(prepared, PeftModel)
-    if gradient_checkpointing:
+    if gradient_checkpointing is not False:
         enable_checkpointing(model)
+    if offload:
+        offload_checkpoints(model)
+    if chunked_loss and chunked_loss_obstacle(model) is None:
+        enable_chunked_loss(model)
     return prepared
+
+
+def _check_residual(config: QSVFTConfig, bits: int) -> None:
+    if config.residual and bits != 4:
+        raise ValueError(
+            f"prepare(): residual=True with bits={bits}; expected bits=4. The residual is what the singular directions "
+            "leave of the weight, in NF4; a base of more bits needs none."
+        )
 
 
 def enable_checkpointing(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The base weights: quantise them in place through bitsandbytes, read them back, make them dense.
+"""The base weights: quantise them in place through bitsandbytes, and make them dense again.
 
 ``bits=4`` is NF4 with double quantisation (blocks of 64), ``bits=8`` bitsandbytes' LLM.int8, ``bits=16``
 leaves the base as it is. Layers and flags are those of transformers' own bitsandbytes integration,
@@ -7,8 +7,6 @@ so that a model quantised here and one loaded in 4-bit by transformers are the s
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -19,11 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .shapes_only import shapes_only_active
+from .shapes_only import empty_nf4_linear
+from .weights import HeldLinear, check_quant_state, check_weight, compute_dtype, dense_layer, dense_weight
 
 BITS = (4, 8, 16)
-_UNIT_ROWS = 512
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize(
@@ -94,54 +91,6 @@ def held_bits(model: nn.Module) -> int:
     return 16
 
 
-def check_weight(name: str, layer: nn.Module) -> None:
-    """Refuse a layer whose weight cannot be quantised or decomposed, naming the module."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
-        return
-    if weight.device.type == "meta":
-        if shapes_only_active():
-            return
-        raise ValueError(
-            f"{name}: its weight is on the meta device (no values). Load the weights first, for "
-            "example with from_pretrained() and without an offloading device_map."
-        )
-    if isinstance(layer, bnb.nn.Linear4bit):
-        _check_quant_state(name, layer)
-        return
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        return
-    if weight.dtype not in _FLOATS:
-        if weight.is_floating_point() or type(layer) in (nn.Linear, Conv1D):
-            raise ValueError(
-                f"{name}: weight dtype {weight.dtype} is not supported; expected float32, bfloat16 or "
-                "float16. Convert the model first, for example with model.to(torch.bfloat16)."
-            )
-        return  # another library's packed integers, read through the layer itself
-    bad = int((~torch.isfinite(weight.detach())).sum())
-    if bad:
-        raise ValueError(
-            f"{name}: its weight holds {bad} NaN or Inf values of {weight.numel()}; expected finite "
-            "numbers. The checkpoint is damaged, or overflowed in float16; load it again, in bfloat16 or "
-            "float32."
-        )
-
-
-def _check_quant_state(name: str, layer: bnb.nn.Linear4bit) -> None:
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        raise ValueError(
-            f"{name}: a 4-bit layer without quantisation state; its weight was never quantised. Move "
-            'the model to its device first, for example model.to("cpu").'
-        )
-    if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError(
-            f"{name}: bitsandbytes has repacked this 4-bit weight for AVX512 inference (an eval forward "
-            "on this CPU does that in place), which loses its quantisation state. Expected the plain NF4 "
-            "layout. Load the model again and call qsvft before any forward."
-        )
-
-
 def disable_cpu_repacking(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in place in eval forwards on AVX512-BF16 CPUs.
 
@@ -151,147 +100,23 @@ def disable_cpu_repacking(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                _check_quant_state(name, module)
+                check_quant_state(name, module)
             module.support_avx512bf16_for_cpu = False
 
 
-# --- reading weights ------------------------------------------------------------------------------
-
-
-def dense_weight(layer: nn.Module) -> Tensor | None:
-    """The weight (m outputs, n inputs) as held, dense; None for a layer type not known here."""
-    if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        scale = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
-        data = layer.weight.data if layer.weight.CB is None else layer.weight.CB
-        return data.float() * (scale.float().view(-1, 1) / 127.0)
-    if isinstance(layer, Conv1D):
-        return layer.weight.detach().t()
-    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
-        return layer.weight.detach()
-    return None
-
-
-def read_through(layer: nn.Module, in_features: int) -> Tensor:
-    """The weight (m, n) of a layer of unknown storage (GPTQ, AWQ, ...): its response to unit vectors."""
-    held = [*layer.parameters(), *layer.buffers()]
-    device = held[0].device if held else None
-    dtype = next((t.dtype for t in held if t.is_floating_point()), torch.float32)
-    columns = []
-    with torch.no_grad():
-        bias = layer(torch.zeros(1, in_features, device=device, dtype=dtype))
-        for start in range(0, in_features, _UNIT_ROWS):
-            stop = min(start + _UNIT_ROWS, in_features)
-            unit = torch.zeros(stop - start, in_features, device=device, dtype=dtype)
-            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
-            columns.append((layer(unit) - bias).t())
-    return torch.cat(columns, dim=1)
-
-
-def product_without_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """W x without the layer's bias, differentiable; None for a layer type not known here."""
-    if isinstance(layer, bnb.nn.Linear4bit):
-        inner = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
-        return bnb.matmul_4bit(inner, layer.weight, quant_state=layer.weight.quant_state).to(x.dtype)
-    if isinstance(layer, Conv1D):
-        return x @ layer.weight
-    if type(layer) is nn.Linear:
-        return nn.functional.linear(x, layer.weight)
-    return None
-
-
-def weight_digest(layer: nn.Module) -> bytes:
-    """SHA-256 of the weight's own bytes, as stored (packed values and their scales)."""
-    sha = hashlib.sha256()
-    for tensor in _stored_tensors(layer):
-        if tensor.is_meta:
-            return b""
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.digest()
-
-
-def _stored_tensors(layer: nn.Module) -> Iterator[Tensor]:
-    weight = next((getattr(layer, n) for n in ("weight", "qweight") if hasattr(layer, n)), None)
-    if not isinstance(weight, Tensor):
-        return
-    yield weight.data
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        yield state.absmax
-        if state.nested:
-            yield state.state2.absmax
-            yield state.offset.reshape(1)
-    scale = getattr(getattr(layer, "state", None), "SCB", None)
-    if scale is None:
-        scale = getattr(weight, "SCB", None)
-    if scale is not None:
-        yield scale
-
-
-def describe_base(layer: nn.Module) -> dict[str, Any]:
-    """How a base layer holds its weight, in words that an adapter's config can record."""
-    weight = getattr(layer, "weight", None)
-    if isinstance(layer, bnb.nn.Linear4bit):
-        state = layer.weight.quant_state
-        return {
-            "bits": 4,
-            "quant_type": state.quant_type,
-            "double_quant": bool(state.nested),
-            "block_size": int(state.blocksize),
-            "dtype": _dtype_name(state.dtype),
-        }
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        return {"bits": 8, "quant_type": "int8"}
-    kind = "none" if isinstance(layer, (nn.Linear, Conv1D)) else type(layer).__name__
-    return {"bits": 16, "quant_type": kind, "dtype": _dtype_name(getattr(weight, "dtype", None))}
-
-
-def _dtype_name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-# --- dense again ----------------------------------------------------------------------------------
-
-
-def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """The floating dtype a dense replacement of this layer should have."""
-    if isinstance(layer, bnb.nn.Linear4bit):
-        return layer.weight.quant_state.dtype
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight.dtype
-    bias = getattr(layer, "bias", None)
-    if isinstance(bias, Tensor) and bias.is_floating_point():
-        return bias.dtype
-    return getattr(layer, "qsvft_dtype", torch.bfloat16)
-
-
-def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """A plain ``nn.Linear`` (or ``Conv1D``, where the layer was one) with this (m, n) weight."""
-    dtype = compute_dtype(layer)
-    bias = getattr(layer, "bias", None)
-    weight = weight.to(dtype)
-    if isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D:
-        new: nn.Module = Conv1D(1, 1)
-        new.nf, new.nx = weight.shape  # type: ignore[assignment]
-        new.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
-        values = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().to(dtype)
-        new.bias = nn.Parameter(values.clone(), requires_grad=False)
-        return new
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
-    return new.train(layer.training)
+# --- dense again ---------------------------------------------------------------------------------
 
 
 def dequantize(model: nn.Module) -> nn.Module:
     """Replace every bitsandbytes linear by a plain dense one and clear the quantisation flags."""
     names = _all_names(model)
     done: dict[int, nn.Parameter] = {}
+    held: tuple[str, ...] = ()  # what such a layer is made of goes with it
     for name, module in list(model.named_modules()):
-        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+        if isinstance(module, HeldLinear):
+            held = (*held, f"{name}.")
+            _replace(model, names[name], dense_layer(module, module.dense_weight()))
+        elif isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and not name.startswith(held):
             weight = dense_weight(module)
             assert weight is not None
             new: Any = dense_layer(module, weight)
@@ -363,6 +188,14 @@ def _quantized_layer(layer: Any, bits: int, done: dict[int, nn.Parameter]) -> nn
     new.source_cls = type(layer)
     new.qsvft_dtype = weight.dtype
     new.train(layer.training)
+    return cast(nn.Module, new)
+
+
+def nf4_linear(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """An NF4 layer with this (m, n) weight and the bias of a dense layer; without values on meta."""
+    plain = dense_layer(layer, weight)
+    new: Any = empty_nf4_linear(plain) if weight.is_meta else _quantized_layer(plain, 4, {})
+    new.support_avx512bf16_for_cpu = False  # see disable_cpu_repacking
     return cast(nn.Module, new)
 
 

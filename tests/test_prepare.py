@@ -41,7 +41,7 @@ def test_a_prepared_model_computes_the_quantised_base_and_trains_M_alone(llama, 
     model = qsvft.prepare(load(llama, dtype), bits=bits)
     assert isinstance(model, PeftModel)
     assert torch.equal(logits(model), expected)
-    assert {type(layer.base_layer) for layer in adapted(model).values()} == {BASES[bits]}
+    assert all(isinstance(layer.base_layer, BASES[bits]) for layer in adapted(model).values())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(trainable) == set(coefficients(model)) and len(trainable) == 14
     assert all(p.dtype == torch.float32 and not p.any() for p in trainable.values())
@@ -174,7 +174,8 @@ def test_held_bytes_add_up_to_every_tensor_of_the_model(model):
     prepared = qsvft.prepare(model, bits=4)
     held = qsvft.held_bytes(prepared)
     assert held["M"] == sum(p.numel() * 4 for p in coefficients(prepared).values())
-    factors = [t for layer in adapted(prepared).values() for t in vars(layer.factors()).values() if t is not None]
+    frozen = ("qsvft_bases", "qsvft_scale")
+    factors = [b for name, b in prepared.named_buffers() if any(part in name for part in frozen)]
     assert held["factors"] == sum(t.numel() * t.element_size() for t in factors)
     base, states = 0, {}
     for parameter in prepared.parameters():
@@ -195,11 +196,12 @@ def test_deleting_the_model_frees_its_factors_without_the_garbage_collector(llam
 
     model = qsvft.prepare(load(llama), bits=4)
     layer = next(iter(adapted(model).values()))
-    references = [weakref.ref(layer.qsvft_V), weakref.ref(layer.base_layer.weight), weakref.ref(layer)]
+    held = (layer.basis("V_bf16").stored.values, layer.base_layer.weight, layer)
+    references = [weakref.ref(thing) for thing in held]
     gc.collect()
     gc.disable()
     try:
-        del model, layer
+        del model, layer, held
         assert [reference() is None for reference in references] == [True, True, True]
     finally:
         gc.enable()
@@ -400,3 +402,51 @@ def test_progress_is_shown_unless_it_is_switched_off(llama, shown, monkeypatch):
     monkeypatch.setattr("qsvft.tuner.model.tqdm", Bar)
     qsvft.prepare(load(llama), bits=4, progress=shown)
     assert bars == [("quantising to 4 bits", shown), ("decomposing", shown)]
+
+
+# --- the lean options ------------------------------------------------------------------------------
+
+LEANEST = {
+    "factor_bits": 4,
+    "share_inputs": True,
+    "quantize_embeddings": 8,
+    "offload": True,
+    "off_diagonals": 4,
+}
+
+
+def test_the_leanest_model_saves_reloads_merges_and_unloads_as_plain_ones(llama, tmp_path):
+    plain_types = {name: type(module) for name, module in load(llama).named_modules()}
+    model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4, **LEANEST))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    base = qsvft.vocabulary.quantize_embeddings(qsvft.quantize(load(llama, torch.float32), 4), 8)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+
+    merged = model.merge_and_unload()
+    assert {name: type(module) for name, module in merged.named_modules()} == plain_types
+    found = logits(merged)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged", torch.float32)), found)
+
+    kept = again.unload()
+    assert type(kept) is plain_types[""] and type(kept.model.norm) is plain_types["model.norm"]
+
+
+def test_lean_options_change_no_gradient_beyond_rounding(llama):
+    """Chunked loss, lean norms, sliced products and offloaded checkpoints compute what the plain ones compute."""
+    lean = step_gradients(randomize(qsvft.prepare(load(llama), bits=4, offload=True)))
+    model = randomize(qsvft.prepare(load(llama), bits=4, gradient_checkpointing=False, chunked_loss=False))
+    plain = step_gradients(qsvft.activations.plain_norms(model))
+    for name, gradient in plain.items():
+        assert (lean[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("bits", [5, 2.0, "8"])
+def test_wrong_bits_of_the_embeddings_are_refused_before_anything_changes(model, bits):
+    before = state(model)
+    with pytest.raises(ValueError, match="bits of the embeddings and the head must be 4"):
+        qsvft.prepare(model, bits=4, quantize_embeddings=bits)
+    assert same_tensors(state(model), before) and not adapted(model)

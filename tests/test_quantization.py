@@ -14,15 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 import qsvft.quantization
 from qsvft import quantize
-from qsvft.quantization import (
+from qsvft.quantization import dequantize, disable_cpu_repacking, held_bits
+from qsvft.weights import (
     check_weight,
     compute_dtype,
     dense_layer,
     dense_weight,
-    dequantize,
     describe_base,
-    disable_cpu_repacking,
-    held_bits,
     product_without_bias,
     weight_digest,
 )

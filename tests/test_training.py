@@ -106,8 +106,8 @@ def test_after_training_nothing_but_M_is_held_in_fp32(llama, tmp_path, options):
     fp32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert fp32 == set(coefficients(model))
     assert all(M.any() and torch.isfinite(M).all() for M in coefficients(model).values())
-    dtypes = {name.rpartition(".")[2]: b.dtype for name, b in model.named_buffers() if "qsvft_" in name}
-    assert dtypes["qsvft_V"] == dtypes["qsvft_U"] == torch.bfloat16
+    factors = {name: b.dtype for name, b in model.named_buffers() if "qsvft_bases" in name}
+    assert len(factors) == 14 and set(factors.values()) == {torch.bfloat16}
 
 
 def test_trl_keeps_M_in_fp32_and_small_steps_move_it(llama, tmp_path):
@@ -210,7 +210,7 @@ def test_deleting_a_trained_model_frees_it_without_the_garbage_collector(llama, 
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     optimizer.step()
     layers = [module for module in model.modules() if isinstance(module, QSVFTLinear)]
-    held = [t for layer in layers for t in (layer.qsvft_U, layer.qsvft_V, layer.base_layer.weight) if t is not None]
+    held = [t for layer in layers for t in (*layer.qsvft_bases.buffers(), layer.base_layer.weight)]
     references = [weakref.ref(thing) for thing in (*layers, *held)]
     gc.collect()
     gc.disable()

@@ -20,7 +20,8 @@ from cases import BATCH_SIZE, FACTORED, Plan
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qsvft.factors import FACTOR_DTYPE, Factors, needed_sides
+from qsvft import factors
+from qsvft.decomposition import Decomposition
 from qsvft.memory.methods import Method
 from qsvft.memory.scenario import Scenario
 from qsvft.memory.step import make_optimizer
@@ -56,7 +57,9 @@ def random_factors() -> Iterator[None]:
     decomposition, are left out with it.
     """
     with (
-        patch.object(adapted, "make_factors", _random_factors),
+        patch.object(factors, "decompose", _random_decomposition),
+        patch.object(factors, "vectors_of_gram", _random_shared_vectors),
+        patch.object(adapted, "measured_scale", _no_scale),
         patch.object(adapted, "weight_digest", lambda _: bytes(32)),
         patch.object(adapted.QSVFTLinear, "compute_probe", _no_probe),
         patch.object(torch.linalg, "svd", _random_svd),
@@ -66,16 +69,23 @@ def random_factors() -> Iterator[None]:
 
 def _random(like: Tensor, *shape: int) -> Tensor:
     """Numbers of the size that entries of singular vectors have."""
-    return torch.randn(shape, device=like.device, dtype=FACTOR_DTYPE).mul_(shape[-1] ** -0.5)
+    return torch.randn(shape, device=like.device, dtype=torch.bfloat16).mul_(shape[-1] ** -0.5)
 
 
-def _random_factors(weight: Tensor, rank: int, sides: Any) -> Factors:
+def _random_decomposition(weight: Tensor, rank: int, sides: Any) -> Decomposition:
     m, n = weight.shape
-    needs_u, needs_v = needed_sides(sides, weight.shape)
+    needs_u, needs_v = factors.needed_sides(sides, weight.shape)
     U = _random(weight, rank, m) if needs_u else None
     V = _random(weight, rank, n) if needs_v else None
-    s = torch.ones(rank, device=weight.device)
-    return Factors(U, V, s, torch.ones((), device=weight.device))
+    return Decomposition(U, torch.ones(rank, device=weight.device), V)
+
+
+def _random_shared_vectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(rank, device=gram.device), _random(gram, rank, gram.shape[0])
+
+
+def _no_scale(weight: Tensor, basis: Any, side: str, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(rank, device=weight.device), torch.ones((), device=weight.device)
 
 
 def _no_probe(layer: adapted.QSVFTLinear, adapter: str, weight: Tensor) -> Tensor:
@@ -84,7 +94,7 @@ def _no_probe(layer: adapted.QSVFTLinear, adapter: str, weight: Tensor) -> Tenso
 
 def _random_svd(weight: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     (m, n), k = weight.shape, min(weight.shape)
-    s = torch.ones(k, device=weight.device, dtype=FACTOR_DTYPE)
+    s = torch.ones(k, device=weight.device, dtype=torch.bfloat16)
     return _random(weight, m, k), s, _random(weight, k, n)
 
 

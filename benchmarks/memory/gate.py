@@ -26,7 +26,29 @@ BUDGETS = Path(__file__).with_name("budgets.json")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 METHODS = ("floor", "qlora", "svft", "qsvft", "qsvft:rank=256,sides=both")
 # Where the loss is small, the other rivals and forms as well.
-MORE_METHODS = ("lora", "qlora-kbit", "svft-authors", "qsvft:rank=256", "qsvft:rank=1024,pattern=random")
+MORE_METHODS = (
+    "lora",
+    "qlora-kbit",
+    "svft-authors",
+    "qsvft:rank=256",
+    "qsvft:rank=1024,pattern=random",
+    "qsvft:rank=256,sides=both,residual=true,factor_bits=8",
+)
+# The lean forms at full length, which the README's numbers are made of.
+LEAN_METHODS = (
+    "floor:chunked_loss=true",
+    "qlora:chunked_loss=true",
+    "qlora-kbit",
+    "qsvft:factor_bits=4,rank=256",
+    "qsvft:factor_bits=4,rank=1024",
+    "qsvft:factor_bits=8",
+    "qsvft:factor_bits=4",
+    "qsvft:factor_bits=4,share_inputs=true",
+    "qsvft:factor_bits=4,share_inputs=true,quantize_embeddings=8",
+    "qsvft:factor_bits=4,share_inputs=true,quantize_embeddings=8,offload_checkpoints=true",
+    "qsvft:basis=hadamard,share_inputs=true",
+)
+WITHOUT_CHECKPOINTING = ("qsvft:factor_bits=4,share_inputs=true", "qsvft:factor_bits=4,rank=1024")
 MODELS = ("llama-2-7b", "llama-3-8b")
 MIB = 2**20
 
@@ -40,6 +62,10 @@ def cases() -> Iterator[Case]:
             for checkpointing in (True, False):
                 for method in METHODS:
                     yield model, seq_len, checkpointing, method
+        for method in LEAN_METHODS:
+            yield model, 2048, True, method
+        for method in WITHOUT_CHECKPOINTING:
+            yield model, 2048, False, method
     # Nearly no vocabulary: here the loss cannot hide what the layers do.
     for method in (*METHODS, *MORE_METHODS):
         yield "llama-2-7b, small vocabulary", 512, True, method

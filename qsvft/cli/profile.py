@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging
 
-from ..memory import CARDS_GIB, DEFAULT_METHODS, METHODS, PRESETS, MemoryReport
+from ..memory import CARDS_GIB, DEFAULT_METHODS, METHODS, PRESETS, MemoryReport, recommend
 from ..memory import profile as profile_step
 from ..memory.measured import add_measurements, check_room, present_device
 from ..memory.plot import check_plot
@@ -40,7 +40,9 @@ def profile(
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
     card: Annotated[
         list[float] | None,
-        typer.Option(help="A card's GiB; repeatable. Default: 8 12 16 24."),
+        typer.Option(
+            help="A card's GiB; repeatable. Given once, the settings for this card are shown too. Default: 8 12 16 24."
+        ),
     ] = None,
     max_seq_len: Annotated[
         float | None, typer.Option(metavar="GIB", help="Also find the longest sequence that fits a card of this size.")
@@ -72,6 +74,8 @@ def profile(
             )
             if measure:
                 add_measurements(report, config, methods, present_device())
+        if card and len(card) == 1:
+            _recommend(model, report)
         _show(report)
         with bad_input():
             _write(report, json, csv, plot, timeline)
@@ -107,10 +111,29 @@ def _check_files(json: Path | None, csv: Path | None, plot: Path | None, timelin
         raise ValueError(f"cannot write {str(twice)!r} twice; give each output a file of its own")
 
 
+def _recommend(model: str, report: MemoryReport) -> None:
+    """Enter the settings for the only card; where there are none to count, the tables still stand."""
+    fixed = {} if report.gradient_checkpointing else {"gradient_checkpointing": False}
+    try:
+        report.recommendation = recommend(
+            model,
+            report.cards[0],
+            report.seq_len,
+            report.batch_size,
+            optimizer=report.optimizer,
+            progress=True,
+            **fixed,
+        )
+    except ValueError as error:
+        complain(f"no recommendation: {error}")
+
+
 def _show(report: MemoryReport) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for part in tables(report):
         console.print(part, highlight=False)
+    if report.recommendation is not None:
+        console.print(f"\n{report.recommendation}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _write(report: MemoryReport, json: Path | None, csv: Path | None, plot: Path | None, timeline: Path | None) -> None:

@@ -1,6 +1,7 @@
 """The methods that the profiler compares, each built through its own package.
 
-A method is written ``name``, ``name:64`` (a rank) or ``name:key=value,key=value``.
+A method is written ``name``, ``name:64`` (a rank) or ``name:key=value,key=value``. Every method takes
+``chunked_loss=true`` (see :mod:`qsvft.loss`); qsvft has it unless told otherwise.
 
 ===============  ==============================================================================
 floor            NF4 base, no adapter: what no method can beat
@@ -37,16 +38,22 @@ from peft.tuners.boft.layer import BOFTLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..activations import lean_norms
+from ..chunked_loss import enable_chunked_loss
+from ..offload import offload_checkpoints
 from ..quantization import quantize
 from ..shapes_only import shapes_only
 from ..tuner.config import QSVFTConfig
+from ..vocabulary import quantize_embeddings
 from .factored import factor_linears
 from .shapes import nf4_on_meta
 
 DEFAULT_METHODS = ("floor", "lora", "qlora", "qlora-kbit", "svft", "svft-authors", "qsvft", "full")
 
-_INTEGERS = ("rank", "off_diagonals", "seed")
-_QSVFT_OPTIONS = ("rank", "pattern", "off_diagonals", "sides", "tail_damping", "seed", "bits")
+_INTEGERS = ("rank", "off_diagonals", "seed", "bits", "factor_bits", "quantize_embeddings")
+_SWITCHES = ("chunked_loss", "share_inputs", "residual", "offload_checkpoints")
+_ADAPTER = ("rank", "pattern", "off_diagonals", "sides", "tail_damping", "seed", "factor_bits", "share_inputs", "basis")
+_QSVFT_OPTIONS = (*_ADAPTER, "residual", "bits", "quantize_embeddings", "offload_checkpoints", "chunked_loss")
 _RANKED = {"lora": 16, "qlora": 16, "qlora-kbit": 16, "dora": 16, "vera": 256, "boft": 4}
 
 
@@ -64,6 +71,16 @@ class Method:
         if self.name == "qsvft":
             return int(self.options.get("bits", 4))
         return 4 if self.name in ("floor", "qlora", "qlora-kbit") else 16
+
+    @property
+    def chunked_loss(self) -> bool:
+        """Whether the loss goes through the logits in chunks."""
+        return bool(self.options.get("chunked_loss", self.name == "qsvft"))
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The options that belong to qsvft's config."""
+        return {key: value for key, value in self.options.items() if key in (*_ADAPTER, "residual")}
 
 
 def parse_method(text: str) -> Method:
@@ -85,13 +102,16 @@ def parse_method(text: str) -> Method:
 
 
 def _value(text: str, name: str, key: str, value: str) -> Any:
-    allowed = _QSVFT_OPTIONS if name == "qsvft" else (("rank",) if name in _RANKED else ())
+    allowed = _QSVFT_OPTIONS if name == "qsvft" else (*(("rank",) if name in _RANKED else ()), "chunked_loss")
     if key not in allowed:
-        what = ", ".join(allowed) if allowed else "no options"
-        raise ValueError(f"method {text!r}: unknown option {key!r}; {name} takes {what}")
+        raise ValueError(f"method {text!r}: unknown option {key!r}; {name} takes {', '.join(allowed)}")
     if key == "rank" and value == "full" and name == "qsvft":
         return None
-    if key in _INTEGERS or key == "bits":
+    if key in _SWITCHES:
+        if value not in ("true", "false"):
+            raise ValueError(f"method {text!r}: {key} must be true or false, got {value!r}")
+        return value == "true"
+    if key in _INTEGERS:
         if not value.isdigit() or (key == "rank" and int(value) < 1):
             raise ValueError(f"method {text!r}: {key} must be a whole number of at least 1, got {value!r}")
         return int(value)
@@ -106,10 +126,14 @@ def _value(text: str, name: str, key: str, value: str) -> Any:
 def build(method: Method, model: PreTrainedModel) -> nn.Module:
     """Turn a frozen bf16 model (on meta or real) into one that the method trains, in place."""
     meta = next(model.parameters()).is_meta
-    if method.bits == 4:
+    if method.bits == 4 and not method.options.get("residual"):  # a residual base quantises itself
         model = nf4_on_meta(model) if meta else _quantized(model)
     with shapes_only():
         built = _BUILDERS[method.name](method, model)
+    if method.chunked_loss:
+        enable_chunked_loss(model)
+    if method.options.get("offload_checkpoints"):
+        offload_checkpoints(model)
     return built.to("meta") if meta else built
 
 
@@ -174,8 +198,10 @@ def _authors(method: Method, model: PreTrainedModel) -> nn.Module:
 
 
 def _qsvft(method: Method, model: PreTrainedModel) -> nn.Module:
-    options = {key: value for key, value in method.options.items() if key != "bits"}
-    return get_peft_model(model, QSVFTConfig(task_type="CAUSAL_LM", **options))
+    bits = method.options.get("quantize_embeddings", 16)
+    if bits != 16:
+        quantize_embeddings(model, bits)
+    return get_peft_model(lean_norms(model), QSVFTConfig(task_type="CAUSAL_LM", **method.adapter))
 
 
 _BUILDERS: dict[str, Callable[[Method, PreTrainedModel], nn.Module]] = {

@@ -67,7 +67,7 @@ def profile(
             without a causal language model.
     """
     parsed = checked_methods(methods)
-    _check_settings(batch_size, seq_len, optimizer, device)
+    check_settings(batch_size, seq_len, optimizer, device)
     sizes = check_cards(cards)
     limit = None if max_seq_len_gib is None else check_cards([max_seq_len_gib], "longest sequence's card")[0]
     name, config = resolve(model_or_config)
@@ -191,12 +191,17 @@ def _check_options(method: Method) -> None:
     if method.bits not in (4, 16):
         raise ValueError(f"method {method.label!r}: the profiler counts bases of 4 or 16 bits, got bits={method.bits}")
     try:
-        QSVFTConfig(**{key: value for key, value in method.options.items() if key != "bits"})
+        QSVFTConfig(**method.adapter)
     except (TypeError, ValueError) as error:
         raise ValueError(f"method {method.label!r}: {one_line(error, name=False)}") from error
 
 
-def _check_settings(batch_size: int, seq_len: int, optimizer: str, device: str) -> None:
+def check_settings(batch_size: int, seq_len: int, optimizer: str, device: str) -> None:
+    """Refuse sizes and names that no profile could have.
+
+    Raises:
+        ValueError: one line naming the argument.
+    """
     for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 2)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")

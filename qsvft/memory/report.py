@@ -12,9 +12,12 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .ledger import CATEGORIES, PHASES, Event, Ledger
+
+if TYPE_CHECKING:
+    from .recommend import Recommendation
 
 GIB = 2**30
 CARDS_GIB: tuple[float, ...] = (8, 12, 16, 24)
@@ -156,6 +159,7 @@ class MemoryReport:
         rows: one for each method, in the order asked for.
         max_seq_len_gib: the card in GiB that ``Row.max_seq_len`` is stated for, or None.
         position_limit: the longest sequence that the model's config says it is made for, or None.
+        recommendation: the settings for a card, where they were asked for.
     """
 
     model: str
@@ -169,6 +173,7 @@ class MemoryReport:
     cards: tuple[float, ...] = CARDS_GIB
     max_seq_len_gib: float | None = None
     position_limit: int | None = None
+    recommendation: Recommendation | None = None
 
     @property
     def ran(self) -> list[Row]:
@@ -207,6 +212,8 @@ class MemoryReport:
         if self.max_seq_len_gib is not None:
             record["max_seq_len_gib"] = self.max_seq_len_gib
         record["rows"] = [self._row_record(row) for row in self.rows]
+        if self.recommendation is not None:
+            record["recommendation"] = self.recommendation.to_dict()
         return record
 
     def _row_record(self, row: Row) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class Scenario:
     ) -> None:
         config = copy.deepcopy(config)
         self.base = empty_model(config) if device == "meta" else random_model(config, device)
-        self.head = self.base.get_output_embeddings()
         self.model = build(method, self.base)
+        self.head = self.base.get_output_embeddings()
         self.checkpointing, self.optimizer = checkpointing, optimizer
 
     def count(self, batch_size: int, seq_len: int, record: bool = True) -> tuple[Ledger, int]:

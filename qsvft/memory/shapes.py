@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..quantization import partition_linears, set_flags
-
-BLOCK, NESTED_BLOCK = 64, 256
+from ..shapes_only import empty_nf4_linear
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
@@ -33,48 +29,9 @@ def nf4_on_meta(model: PreTrainedModel) -> PreTrainedModel:
     """Give the linears the shapes that ``qsvft.quantize(model, bits=4)`` gives them."""
     targets, skipped = partition_linears(model, [])
     for name in targets:
-        model.set_submodule(name, _nf4_layer(model.get_submodule(name)))
+        model.set_submodule(name, empty_nf4_linear(model.get_submodule(name)))
     set_flags(model, 4, torch.bfloat16, skipped)
     return model
-
-
-def _nf4_layer(layer: Any) -> nn.Module:
-    n, m = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
-    dtype = layer.weight.dtype
-    new = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-    blocks = -(-m * n // BLOCK)
-
-    def meta(count: int, kind: torch.dtype) -> Tensor:
-        return torch.empty(count, dtype=kind, device="meta")
-
-    nested = QuantState(
-        absmax=meta(-(-blocks // NESTED_BLOCK), torch.float32),
-        code=meta(256, torch.float32),
-        blocksize=NESTED_BLOCK,
-        dtype=torch.float32,
-    )
-    state = QuantState(
-        absmax=meta(blocks, torch.uint8),
-        shape=torch.Size((m, n)),
-        code=meta(16, torch.float32),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=torch.empty((), dtype=torch.float32, device="meta"),
-        state2=nested,
-    )
-    new.weight = bnb.nn.Params4bit(
-        torch.empty((m * n + 1) // 2, 1, dtype=torch.uint8, device="meta"),
-        requires_grad=False,
-        quant_state=state,
-        quant_type="nf4",
-        bnb_quantized=True,
-    )
-    new.quant_state = state
-    new.bias = layer.bias
-    new.source_cls = type(layer)
-    new.support_avx512bf16_for_cpu = False
-    return new
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ For each adapted layer, in adapter_model.safetensors:
     <layer>.qsvft_probe    (8,) fp32          fingerprint of the adapted map (see probe.py)
     <layer>.qsvft_base     (32,) uint8        SHA-256 of the base weight as stored
     <layer>.qsvft_entries  (entries,) int64   top_k only: positions i * k + j
-    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base and the pattern
+    <layer>.qsvft_scale    (k,) fp32          Hadamard basis only: 1/s, which makes it independent of the base
+    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, the scale if any, and the pattern
 
 The random pattern is drawn again from its seed; the digest shows that it came out the same. No
 factor is saved. Everything read here is treated as hostile until it is checked.
@@ -25,7 +26,7 @@ from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .probe import TOLERANCE, content_digest
 
-_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_digest")
+_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_scale", "qsvft_digest")
 _PREFIX = "base_model.model."
 
 
@@ -38,9 +39,12 @@ def add_records(selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adap
     selected[f"{name}.qsvft_base.{adapter}"] = base
     if isinstance(pattern, IndexPattern) and layer.settings[adapter].pattern == "top_k":
         selected[f"{name}.qsvft_entries.{adapter}"] = pattern.flat().cpu()
-    selected[f"{name}.qsvft_digest.{adapter}"] = content_digest(
-        selected[key], selected[f"{name}.qsvft_probe.{adapter}"], base, pattern.digest()
-    )
+    contents = [selected[key], selected[f"{name}.qsvft_probe.{adapter}"], base]
+    if layer.forms[adapter].seeded:
+        scale = layer.qsvft_scale[adapter].cpu().clone()
+        selected[f"{name}.qsvft_scale.{adapter}"] = scale
+        contents.append(scale)
+    selected[f"{name}.qsvft_digest.{adapter}"] = content_digest(*contents, pattern.digest())
 
 
 class AdapterReader:
@@ -92,8 +96,11 @@ class AdapterReader:
             )
         if layer.settings[adapter].pattern == "top_k":
             self._load_entries(name, layer, adapter, self._find(name, "qsvft_entries"))
+        contents = [M, probe, base]
+        if layer.forms[adapter].seeded:
+            contents.append(self._load_scale(name, layer, adapter))
         pattern = layer.pattern(adapter)
-        if not torch.equal(content_digest(M, probe, base, pattern.digest()), digest.cpu()):
+        if not torch.equal(content_digest(*contents, pattern.digest()), digest.cpu()):
             raise ValueError(
                 f"{name}: the adapter's contents do not match their digest: the file was changed or damaged after it "
                 f"was saved, or its pattern ('{self.config.pattern}', seed {self.config.seed}) does not come out the "
@@ -117,8 +124,20 @@ class AdapterReader:
                 f"{name}: the adapter's pattern entries are not usable ({error}); expected {old.count} different "
                 f"int64 positions below {old.rank**2}. The file is damaged: copy or save the adapter again."
             ) from error
-        layer.qsvft_pattern[adapter] = pattern.to(layer.qsvft_s.device)
+        layer.qsvft_pattern[adapter] = pattern.to(layer.device)
         layer._set_probe(adapter, layer.original_weight())
+
+    def _load_scale(self, name: str, layer: QSVFTLinear, adapter: str) -> Tensor:
+        """Take over the scale that a seeded basis was trained with: only the base knows another one."""
+        scale, held = self._find(name, "qsvft_scale"), layer.qsvft_scale[adapter]
+        if scale.dtype != torch.float32 or scale.shape != held.shape or not bool(torch.isfinite(scale).all()):
+            raise ValueError(
+                f"{name}: the adapter's scale is {scale.dtype} of shape {tuple(scale.shape)}; expected finite "
+                f"torch.float32 of shape {tuple(held.shape)}. The adapter is of another model or config, or damaged."
+            )
+        layer.qsvft_scale[adapter] = scale.to(held.device)
+        layer._set_probe(adapter, layer.original_weight())
+        return scale
 
     def _mismatch(self, name: str, layer: QSVFTLinear, base: bytes, difference: float) -> str:
         same_weight = base == layer.base_digest

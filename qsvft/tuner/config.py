@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..patterns import PATTERNS
+from ..stored import STORED_BITS
 from .registration import QSVFT
 
 SIDES = ("one", "both")
+BASES = ("singular", "hadamard")
 
 
-def _refuse(name: str, found: object, allowed: str) -> None:
+def _refuse(name: str, found: object, allowed: str) -> NoReturn:
     raise ValueError(f"QSVFTConfig.{name}: expected {allowed}, got {found!r}")
 
 
@@ -45,7 +47,15 @@ class QSVFTConfig(PeftConfig):
         sides: "one" holds only the factor of the smaller side (default), "both" is the paper's form.
         tail_damping: tau in [0, 1). The one-sided form divides by max(s_j, tau * rms(s)), so that
             rounding is not blown up along the smallest singular values.
-        seed: seed of the random pattern.
+        seed: seed of the random pattern and of the Hadamard basis.
+        factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation).
+        share_inputs: layers that read the same input (q, k, v; gate, up) share the V of their stacked weight,
+            and compute Vᵀ x once. True finds them by their names in transformers' models; a list of lists of
+            sibling names, [["q_proj", "k_proj"]], says which. One-sided form only.
+        basis: "singular" (singular vectors) or "hadamard" (seeded random signs and a Walsh-Hadamard transform:
+            nothing stored, nothing decomposed; one-sided form only).
+        residual: the base is NF4(W - U S Vᵀ) with U S Vᵀ added back, so that the factors make the base more
+            exact; ``sides="both"`` only, on a dense base.
         base: how the base weights were held when the adapter was made (bits, quantisation, library
             versions); filled in by the library and compared on loading.
 
@@ -72,7 +82,15 @@ class QSVFTConfig(PeftConfig):
     tail_damping: float = field(
         default=0.1, metadata={"help": "Bound on 1/s of the one-sided form, in units of rms(s)."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the random pattern."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random pattern and of the Hadamard basis."})
+    factor_bits: int = field(default=16, metadata={"help": "How U and V are held: 16, 8 or 4 bits."})
+    share_inputs: bool | list[list[str]] = field(
+        default=False, metadata={"help": "One V for layers that read the same input: True, or lists of their names."}
+    )
+    basis: str = field(default="singular", metadata={"help": f"One of {', '.join(BASES)}."})
+    residual: bool = field(
+        default=False, metadata={"help": "Quantise W - U S V^T and add U S V^T back; needs sides='both'."}
+    )
     base: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the base was held; filled in by the library."}
     )
@@ -110,6 +128,37 @@ class QSVFTConfig(PeftConfig):
             _refuse("tail_damping", damping, "a number in [0, 1)")
         if not _is_int(self.seed):
             _refuse("seed", self.seed, "an integer")
+        if not _is_int(self.factor_bits) or self.factor_bits not in STORED_BITS:
+            _refuse("factor_bits", self.factor_bits, "16 (bf16), 8 (int8) or 4 (NF4)")
+        if self.basis not in BASES:
+            _refuse("basis", self.basis, f"one of {', '.join(map(repr, BASES))}")
+        self._validate_sharing()
+        if not isinstance(self.residual, bool):
+            _refuse("residual", self.residual, "True or False")
+        self._validate_together()
+
+    def _validate_sharing(self) -> None:
+        share: Any = self.share_inputs
+        if isinstance(share, bool):
+            return
+        listed = isinstance(share, (list, tuple)) and all(
+            isinstance(names, (list, tuple)) and len(names) > 1 and all(isinstance(name, str) for name in names)
+            for names in share
+        )
+        if not listed:
+            _refuse("share_inputs", share, "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]")
+        self.share_inputs = [list(names) for names in share]
+
+    def _validate_together(self) -> None:
+        """What only goes with one form."""
+        if self.sides == "both":
+            for name, value in (("share_inputs", bool(self.share_inputs)), ("basis", self.basis == "hadamard")):
+                if value:
+                    _refuse(
+                        name, getattr(self, name), f"sides='one' with {name}={getattr(self, name)!r}; sides is 'both'"
+                    )
+        elif self.residual:
+            _refuse("residual", True, "sides='both' with residual=True (it adds U S V^T back); sides is 'one'")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` atomically: a crash leaves the old file whole."""

@@ -12,8 +12,9 @@
         |                   |
         +-> Vᵀ -> M -> U ---+
 
-W stays in ``base_layer``, in whatever way it is stored. U and V are bf16, one set for all adapters of
-the layer. M is fp32, one per adapter. The factor s is measured on the rounded vectors.
+W stays in ``base_layer``, in whatever way it is stored. U and V are frozen bases, held once for all
+adapters that agree on them (:mod:`qsvft.tuner.form`); layers that read the same input may share one. M is
+fp32, one per adapter; so is the scale 1/s, measured on the vectors as they are held.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .. import patterns
-from ..decomposition import Sides, small_side
-from ..factors import Factors, make_factors, needed_sides
-from ..functional import bounded_inverse, input_side_update, output_side_update, two_sided_update
-from ..quantization import check_weight, dense_layer, dense_weight, product_without_bias, read_through, weight_digest
+from ..autocast import in_compute_dtype
+from ..basis import Basis
+from ..factors import StoredBasis, make_bases, measured_scale
+from ..functional import bounded_inverse, coefficients_of, input_side_update, output_side_update, two_sided_update
+from ..hadamard import HadamardBasis
+from ..nf4_product import slice_products
+from ..residual import ResidualLinear, residual_linear
+from ..weights import check_weight, dense_layer, dense_weight, product_without_bias, read_through, weight_digest
 from .config import QSVFTConfig
+from .form import Form, form_of
 from .parameter import Float32Parameter
 from .probe import SIZE, TOLERANCE, fixed_noise, relative_difference, sketch
+from .shared import InputGroup
 from .targets import rank_of, shape_of
 
 
@@ -48,82 +55,121 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("qsvft_M",)
-    other_param_names = ("qsvft_pattern", "qsvft_probe", "settings")
+    other_param_names = ("qsvft_pattern", "qsvft_probe", "qsvft_scale", "settings", "forms")
 
-    qsvft_U: Tensor | None
-    qsvft_V: Tensor | None
-    qsvft_s: Tensor
-    qsvft_rms: Tensor
     base_layer: nn.Module
     # BaseTunerLayer's, for the type checker.
     active_adapters: list[str]
     set_adapter: Callable[..., None]
     get_base_layer: Callable[[], nn.Module]
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QSVFTConfig, module_name: str) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: QSVFTConfig,
+        module_name: str,
+        group: InputGroup | None = None,
+    ) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer = slice_products(base_layer)
         self.module_name = module_name
         self.out_features, self.in_features = shape_of(base_layer, module_name)
         self.settings: dict[str, QSVFTConfig] = {}
+        self.forms: dict[str, Form] = {}
         self.qsvft_M = nn.ParameterDict()
         self.qsvft_pattern = nn.ModuleDict()
         self.qsvft_probe = BufferDict({}, persistent=True)
-        # Buffers, so that they move with the model; not persistent and not keyed by adapter, so that
-        # PEFT neither saves nor upcasts them.
-        for name in ("qsvft_U", "qsvft_V", "qsvft_s", "qsvft_rms"):
-            self.register_buffer(name, None, persistent=False)
+        # Not persistent, so that PEFT does not save them; not keyed by adapter, so that it does not upcast them.
+        self.qsvft_bases = nn.ModuleDict()
+        self.qsvft_scale = BufferDict({}, persistent=False)
         self.base_digest: bytes = b""
         self.merged_adapters: list[str] = []
         self._unmerged: list[nn.Module] = []  # in a list: it is not part of the module tree
         self._expected_probe: dict[str, Tensor] = {}
         self._verified: set[str] = set()
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, group)
 
     # --- attaching an adapter ---------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: QSVFTConfig) -> None:
+    def update_layer(self, adapter_name: str, config: QSVFTConfig, group: InputGroup | None = None) -> None:
         """Add an adapter: decompose if needed, choose the pattern, put M at zero."""
         check_weight(self.module_name, self.original_base())
-        rank = rank_of(config, self.module_name, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        rank = rank_of(config, self.module_name, shape, group)
+        if config.residual:
+            self._ensure_residual(rank, config.factor_bits)
         weight = self.original_weight()
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"{self.module_name}: its weight holds NaN or Inf; expected finite numbers. The checkpoint "
                 "is damaged or overflowed; load it again."
             )
-        self._ensure_factors(weight, rank, _sides(config))
-        self.settings[adapter_name] = config
-        self.qsvft_pattern[adapter_name] = self._make_pattern(config, rank, weight).to(weight.device)
+        form = form_of(config, shape, rank, group.name if group is not None else None)
+        self._ensure_bases(form, weight, rank, config, group)
+        self.settings[adapter_name], self.forms[adapter_name] = config, form
+        if form.kind != "both":
+            s, rms = measured_scale(weight, self.basis(form.inward), form.inward[0], rank)
+            self.qsvft_scale[adapter_name] = bounded_inverse(s, rms, config.tail_damping)
+        self.qsvft_pattern[adapter_name] = self._make_pattern(form, config, rank, weight).to(weight.device)
         values = torch.zeros(self.pattern(adapter_name).count, device=weight.device)
         self.qsvft_M[adapter_name] = Float32Parameter(values)
         self._set_probe(adapter_name, weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _ensure_factors(self, weight: Tensor, rank: int, sides: Sides) -> None:
-        """Hold at least ``rank`` rows of the factors that ``sides`` needs; rows held stay as they are."""
-        needs = needed_sides(sides, weight.shape)
-        held = (self.qsvft_U, self.qsvft_V)
-        missing = [need and (f is None or f.shape[0] < rank) for need, f in zip(needs, held, strict=True)]
-        if not any(missing):
+    def _ensure_residual(self, rank: int, bits: int) -> None:
+        """Put a residual base in place of a dense one."""
+        base = self.original_base()
+        if isinstance(base, ResidualLinear):
+            held = base.basis("U")
+            if (held.rank, held.stored.bits) != (rank, bits):
+                raise ValueError(
+                    f"{self.module_name}: its residual base has rank {held.rank} and factor_bits={held.stored.bits}, "
+                    f"the new adapter asks for rank {rank} and factor_bits={bits}; expected the same. Load the model "
+                    "again for another residual base."
+                )
+            return
+        if self.settings:
+            raise ValueError(
+                f"{self.module_name}: residual=True changes the base, which carries the adapters "
+                f"{sorted(self.settings)} already; expected a base without any. Add the adapter with residual=True "
+                "first."
+            )
+        self.base_layer = residual_linear(base, rank, bits)
+
+    def _ensure_bases(
+        self, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None
+    ) -> None:
+        """Hold at least ``rank`` directions of the bases that a form needs; directions held stay as they are."""
+        missing = [key for key in form.keys if key not in self.qsvft_bases or self.basis(key).rank < rank]
+        if not missing:
             return
         self.base_digest = weight_digest(self.original_base())
-        if self.qsvft_s is not None:
-            rank = max(rank, self.qsvft_s.shape[0])
-        new = make_factors(weight, rank, sides)
-        self._hold("qsvft_U", new.U)
-        self._hold("qsvft_V", new.V)
-        self._hold("qsvft_s", new.s)
-        self.qsvft_rms = new.rms
+        new = self._new_bases(form, weight, rank, config, group)
+        for key in missing:
+            held = self.basis(key) if key in self.qsvft_bases else None
+            if isinstance(held, StoredBasis) and isinstance(new[key], StoredBasis) and held is not new[key]:
+                held.extend(new[key])
+            else:
+                self.qsvft_bases[key] = new[key]
 
-    def _hold(self, name: str, new: Tensor | None) -> None:
-        old = getattr(self, name)
-        if old is not None and new is not None:
-            new = torch.cat([old, new[old.shape[0] :]])
-        setattr(self, name, new if new is not None else old)
+    def _new_bases(
+        self, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None
+    ) -> dict[str, Any]:
+        if config.residual:
+            base = self.original_base()
+            assert isinstance(base, ResidualLinear)
+            return {form.inward: base.basis("V"), form.outward: base.basis("U")}
+        if group is not None:
+            return {form.inward: group.basis(form.inward, rank, config, weight.device)}
+        if config.basis == "hadamard":
+            size = self.in_features if form.kind == "input" else self.out_features
+            return {form.inward: HadamardBasis(size, rank, config.seed, weight.device)}
+        made = make_bases(weight, rank, "both" if form.kind == "both" else "one", config.factor_bits)
+        return {key: made[key[0]] for key in form.keys}
 
-    def _make_pattern(self, config: QSVFTConfig, rank: int, weight: Tensor) -> patterns.Pattern:
+    def _make_pattern(self, form: Form, config: QSVFTConfig, rank: int, weight: Tensor) -> patterns.Pattern:
         d = config.off_diagonals
         if config.pattern == "plain":
             return patterns.plain(rank)
@@ -133,21 +179,16 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
             return patterns.IndexPattern.without_values(rank, patterns.banded_count(rank, d))
         if config.pattern == "random":
             return patterns.random_entries(rank, d, f"{config.seed}:{self.module_name}")
-        U, V = self._both_factors(rank, weight)
+        U, V = self._both_factors(form, rank, weight.double())
         return patterns.top_entries(U, V, d)
 
-    def _both_factors(self, rank: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """U and V for choosing entries; a factor that is not held follows from W: u_j = W v_j / s_j."""
-        W = weight.double()
-        inverse = bounded_inverse(self.qsvft_s, self.qsvft_rms, 0.0)[:rank, None].double()
-        U = None if self.qsvft_U is None else self.qsvft_U[:rank].double()
-        V = None if self.qsvft_V is None else self.qsvft_V[:rank].double()
-        if U is None:
-            assert V is not None
-            U = inverse * (V @ W.T)
-        if V is None:
-            V = inverse * (U @ W)
-        return U, V
+    def _both_factors(self, form: Form, rank: int, W: Tensor) -> tuple[Tensor, Tensor]:
+        """U and V for choosing entries; a factor that is not held follows from W: u_j = W v_j / |W v_j|."""
+        inward = self.basis(form.inward).dense(torch.float64, rank)
+        if form.kind == "both":
+            return self.basis(form.outward).dense(torch.float64, rank), inward
+        other = nn.functional.normalize(inward @ (W.T if form.kind == "input" else W), dim=1)
+        return (other, inward) if form.kind == "input" else (inward, other)
 
     # --- what it holds ----------------------------------------------------------------------------
 
@@ -157,9 +198,17 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         assert isinstance(pattern, patterns.Pattern)
         return pattern
 
-    def factors(self) -> Factors:
-        """The frozen factors that this layer holds."""
-        return Factors(self.qsvft_U, self.qsvft_V, self.qsvft_s, self.qsvft_rms)
+    def basis(self, key: str) -> Basis:
+        """A basis that this layer holds."""
+        basis = self.qsvft_bases[key]
+        assert isinstance(basis, Basis)
+        return basis
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters' tensors belong."""
+        held = next((b for basis in self.qsvft_bases.values() for b in basis.buffers()), None)
+        return held.device if held is not None else next(self.base_layer.parameters()).device
 
     def original_base(self) -> nn.Module:
         """The base layer without any merged adapter."""
@@ -185,62 +234,75 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
             self._check(name)
         inner = x
         for name in active:
-            if self._form(name) == "input":
+            if self.forms[name].kind == "input":
                 inner = self._updated(name, inner, x)
+        on_residual = [name for name in active if self._reads_residual(name)]
+        if on_residual:
+            kwargs["more"] = lambda h: self._residual_coefficients(on_residual, h)
         y = self._base(inner, *args, **kwargs)
         result, wx = y, None
         for name in active:
-            form = self._form(name)
-            if form == "output":
-                wx = self._without_bias(x, y) if wx is None else wx
+            kind = self.forms[name].kind
+            if kind == "output":
+                # y is W x where no other adapter changed what W reads.
+                wx = self._without_bias(x, y if inner is x else None) if wx is None else wx
                 result = self._updated(name, result, wx)
-            elif form == "both":
+            elif kind == "both" and name not in on_residual:
                 result = self._updated(name, result, x)
         return result
+
+    def _reads_residual(self, adapter: str) -> bool:
+        """Whether an adapter acts on the coefficients that its residual base computes anyway."""
+        return self.settings[adapter].residual and isinstance(self.base_layer, ResidualLinear)
+
+    def _residual_coefficients(self, adapters: list[str], h: Tensor) -> Tensor:
+        total = self.pattern(adapters[0]).product(h, self.qsvft_M[adapters[0]])
+        for name in adapters[1:]:
+            total = total + self.pattern(name).product(h, self.qsvft_M[name])
+        return total
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(x, *args, **kwargs)
         return result
 
-    def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
+    def _without_bias(self, x: Tensor, y: Tensor | None) -> Tensor:
         """W x for the output side. y - b would do, but y was rounded where the bias may be large (Qwen's is), and
         M's gradient would read that rounding; so a layer with a bias takes a product of its own."""
         bias = getattr(self.base_layer, "bias", None)
-        if not isinstance(bias, Tensor):
+        if y is not None and not isinstance(bias, Tensor):
             return y
         wx = product_without_bias(self.base_layer, x)
-        return y - bias.to(y.dtype) if wx is None else wx
+        if wx is None:
+            y = self._base(x) if y is None else y
+            wx = y - bias.to(y.dtype) if isinstance(bias, Tensor) else y
+        return wx
 
-    def _form(self, adapter: str) -> str:
-        if self.settings[adapter].sides == "both":
-            return "both"
-        return small_side((self.out_features, self.in_features))
+    def _updated(self, adapter: str, base: Tensor, x: Tensor) -> Tensor:
+        """base plus the adapter's update of x, computed in the compute dtype (autocast's if active)."""
+        return in_compute_dtype(
+            x, lambda a: self._apply_form(adapter, base, a, h=self._shared_coefficients(adapter, x, a))
+        )
 
-    def _updated(self, adapter: str, base: Tensor, a: Tensor) -> Tensor:
-        """base plus the adapter's update of a, computed in the compute dtype (autocast's if active)."""
-        kind = a.device.type
-        if a.is_meta or not torch.is_autocast_enabled(kind):
-            return self._apply_form(adapter, base, a)
-        compute = torch.get_autocast_dtype(kind) if a.dtype == torch.float32 else a.dtype
-        with torch.autocast(kind, enabled=False):
-            return self._apply_form(adapter, base, a.to(compute))
+    def _shared_coefficients(self, adapter: str, x: Tensor, a: Tensor) -> Tensor | None:
+        """h of x (a in the compute dtype) from the layers that share the basis and read the same x, or None."""
+        basis, rank = self.basis(self.forms[adapter].inward), self.pattern(adapter).rank
+        if basis.last_input is None or a.numel() == 0 or torch.compiler.is_compiling():
+            return None
+        return basis.last_input.coefficients(
+            x, (rank, a.dtype), (id(self), adapter), lambda: coefficients_of(a, basis, rank)
+        )
 
-    def _apply_form(self, adapter: str, base: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
+    def _apply_form(
+        self, adapter: str, base: Tensor, a: Tensor, values: Tensor | None = None, h: Tensor | None = None
+    ) -> Tensor:
         M = self.qsvft_M[adapter] if values is None else values
-        pattern, form = self.pattern(adapter), self._form(adapter)
-        U, V = self._factor("qsvft_U", pattern.rank), self._factor("qsvft_V", pattern.rank)
-        if form == "both":
-            return two_sided_update(base, a, U, V, M, pattern)
-        damping = self.settings[adapter].tail_damping
-        scale = bounded_inverse(self.qsvft_s[: pattern.rank], self.qsvft_rms, damping)
-        if form == "input":
-            return input_side_update(base, a, V, scale, M, pattern)
-        return output_side_update(base, a, U, scale, M, pattern)
-
-    def _factor(self, name: str, rank: int) -> Tensor:
-        """The first rows of a factor; an empty tensor for one that this layer's form does not hold."""
-        held: Tensor | None = getattr(self, name)
-        return self.qsvft_s.new_empty(0) if held is None else held[:rank]
+        pattern, form = self.pattern(adapter), self.forms[adapter]
+        if form.kind == "both":
+            return two_sided_update(base, a, self.basis(form.outward), self.basis(form.inward), M, pattern)
+        basis, scale = self.basis(form.inward), self.qsvft_scale[adapter]
+        if form.kind == "input":
+            return input_side_update(base, a, basis, scale, M, pattern, h)
+        return output_side_update(base, a, basis, scale, M, pattern)
 
     def _check(self, adapter: str) -> None:
         M = self.qsvft_M[adapter]
@@ -266,17 +328,20 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         """Eight numbers that depend on all of dW's ingredients but M; see :mod:`qsvft.tuner.probe`."""
         if weight.is_meta:
             return weight.new_empty(SIZE, dtype=torch.float32)
-        W = weight.float()
-        x = fixed_noise(self.in_features, 1, W.device).float().unsqueeze(0)
-        values = fixed_noise(self.pattern(adapter).count, 2, W.device).float()
-        return sketch(self._apply_delta(adapter, x, values, W))
+        values = fixed_noise(self.pattern(adapter).count, 2, weight.device).float()
+        if self.forms[adapter].seeded:
+            # The basis does not come from W, so neither does what tells it from another.
+            a = fixed_noise(self.basis(self.forms[adapter].inward).size, 1, weight.device).float().unsqueeze(0)
+            return sketch(self._apply_form(adapter, torch.zeros_like(a), a, values))
+        x = fixed_noise(self.in_features, 1, weight.device).float().unsqueeze(0)
+        return sketch(self._apply_delta(adapter, x, values, weight.float()))
 
     def _apply_delta(self, adapter: str, x: Tensor, values: Tensor, W: Tensor) -> Tensor:
         """dW x in fp32 for rows x (t, n), with the factors as held."""
-        form = self._form(adapter)
-        if form == "input":
+        form = self.forms[adapter]
+        if form.kind == "input":
             return self._apply_form(adapter, torch.zeros_like(x), x, values) @ W.T
-        if form == "output":
+        if form.kind == "output":
             wx = x @ W.T
             return self._apply_form(adapter, torch.zeros_like(wx), wx, values)
         return self._apply_form(adapter, x.new_zeros(x.shape[0], self.out_features), x, values)
@@ -353,19 +418,17 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
     # --- moving -----------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> QSVFTLinear:
-        """Move with the model, but keep dtypes: M stays fp32, the factors stay bf16."""
-        names = ("qsvft_U", "qsvft_V", "qsvft_s", "qsvft_rms")
-        before = {name: getattr(self, name) for name in names}
+        """Move with the model, but keep dtypes: M and the scales stay fp32, the factors as they are held."""
+        scales = dict(self.qsvft_scale.items())
         super()._apply(fn, recurse)
         for base in self._unmerged:  # not a submodule, so nobody else moves it
             base._apply(fn, recurse)
         for M in self.qsvft_M.values():
             if M.grad is not None and M.grad.dtype != M.dtype:
                 M.grad = M.grad.to(M.dtype)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if old is not None and new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
+        for name, old in scales.items():
+            if (new := self.qsvft_scale[name]).dtype != old.dtype:
+                self.qsvft_scale[name] = old.to(new.device)
         self._rewrap()
         return self
 
@@ -377,7 +440,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Device only: PEFT's own would cast M to the compute dtype."""
-        target = device if device is not None else self.qsvft_s.device
+        target = device if device is not None else self.device
         if adapter_name in self.qsvft_M and not self.qsvft_M[adapter_name].is_meta:
             old = self.qsvft_M[adapter_name]
             self.qsvft_M[adapter_name] = Float32Parameter(old.data.to(target), old.requires_grad)
@@ -385,7 +448,3 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-def _sides(config: QSVFTConfig) -> Sides:
-    return "both" if config.sides == "both" else "one"

@@ -12,12 +12,18 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from ..quantization import dequantize, describe_base, disable_cpu_repacking
+from ..activations import plain_norms
+from ..chunked_loss import disable_chunked_loss
+from ..offload import stop_offloading
+from ..quantization import dequantize, disable_cpu_repacking
 from ..version import __version__
+from ..vocabulary import dequantize_vocabulary
+from ..weights import HeldLinear, describe_base
 from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
-from .targets import all_linear, check_targets
+from .shared import InputGroup
+from .targets import all_linear, check_targets, groups_of
 
 _SHOW_PROGRESS: ContextVar[bool] = ContextVar("qsvft_show_progress", default=True)
 
@@ -43,6 +49,7 @@ class QSVFTModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     _progress: Any = None
+    _groups: dict[str, InputGroup] | None = None
 
     # --- attaching --------------------------------------------------------------------------------
 
@@ -62,7 +69,7 @@ class QSVFTModel(BaseTuner):
             yield
         finally:
             self._progress.close()
-            self._progress = None
+            self._progress, self._groups = None, None
 
     def _prepare_model(self, peft_config: QSVFTConfig, model: nn.Module) -> None:
         """Check what is asked for before anything is changed."""
@@ -70,6 +77,7 @@ class QSVFTModel(BaseTuner):
         names = check_targets(model, peft_config)
         if peft_config.target_modules == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
+        self._groups = groups_of(model, peft_config, names)
         if self._progress is not None:
             self._progress.total = len(names)
 
@@ -83,20 +91,28 @@ class QSVFTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        group = (self._groups or {}).get(current_key)
         if isinstance(target, QSVFTLinear):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, group)
         elif isinstance(target, BaseTunerLayer):
             raise TypeError(
                 f"{current_key}: already adapted by {type(target).__name__}; expected a plain layer. Merge or unload "
                 "the other adapter first."
             )
         else:
-            layer = QSVFTLinear(target, adapter_name, peft_config, current_key)
+            layer = QSVFTLinear(target, adapter_name, peft_config, current_key, group)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
         if self._progress is not None:
             self._progress.update()
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's would move ``weight`` over, which a base layer of our own does not have as a matrix."""
+        if isinstance(new_module, HeldLinear):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # --- distributed training ---------------------------------------------------------------------
 
@@ -135,13 +151,17 @@ class QSVFTModel(BaseTuner):
     # --- merging ----------------------------------------------------------------------------------
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        """After a merge the whole model is dense: the layers not adapted are dequantised as well."""
+        """After a merge the whole model is dense: the layers not adapted are dequantised as well.
+
+        Merged or not, what made training lean goes with the adapters.
+        """
         if not merge:
             # Otherwise PEFT would hand out the merged layers.
             self.unmerge_adapter()
         super()._unload_and_optionally_merge(merge=merge, **kwargs)
-        model: nn.Module = self.model
-        return dequantize(model) if merge else model
+        model: nn.Module = plain_norms(disable_chunked_loss(self.model))
+        stop_offloading(model)
+        return dequantize_vocabulary(dequantize(model)) if merge else model
 
 
 def named_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, QSVFTLinear]]:

@@ -11,8 +11,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..quantization import check_weight
+from ..residual import ResidualLinear
+from ..weights import check_weight
 from .config import QSVFTConfig
+from .shared import InputGroup, input_groups
 
 
 def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[str] = ()) -> list[str]:
@@ -49,6 +51,8 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
             f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}. Expected at "
             f"least one linear layer; it has {_known(model) or 'none'}."
         )
+    shapes = {name: shape_of(model.get_submodule(name), name) for name in names}
+    groups = input_groups(model, shapes, config)
     for name in names:
         layer = model.get_submodule(name)
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -57,10 +61,28 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
                 f"{name}: nn.MultiheadAttention reads this layer's weight itself, an adapter on it would do nothing. "
                 "Add it to exclude_modules."
             )
-        shape = shape_of(layer, name)
         check_weight(name, layer)
-        rank_of(config, name, shape)
+        rank_of(config, name, shapes[name], groups.get(name))
+        if config.residual:
+            _check_dense(name, layer)
     return names
+
+
+def groups_of(model: nn.Module, config: QSVFTConfig, names: Sequence[str]) -> dict[str, InputGroup]:
+    """The groups of targeted layers that read the same input, by each member's name; see ``share_inputs``."""
+    return input_groups(model, {name: shape_of(model.get_submodule(name), name) for name in names}, config)
+
+
+def _check_dense(name: str, layer: nn.Module) -> None:
+    """residual=True quantises by itself, from the dense weight."""
+    own = getattr(layer, "original_base", None)
+    base = layer if own is None else own()
+    if type(base) not in (nn.Linear, Conv1D, ResidualLinear):
+        raise ValueError(
+            f"{name}: residual=True needs the dense weight, found a {type(base).__name__}. Expected the model as it is "
+            "loaded in bf16: the adapter quantises the residual itself, so leave out qsvft.quantize() and "
+            "quantization_config."
+        )
 
 
 def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
@@ -89,17 +111,19 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
     return m, n
 
 
-def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int]) -> int:
-    """k of a layer of shape (outputs, inputs); ValueError if the config asks for more than it has."""
+def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int], group: InputGroup | None = None) -> int:
+    """k of a layer of shape (outputs, inputs); ValueError if the config asks for more than there are directions."""
     m, n = shape
-    limit = min(m, n)
+    limit = min(m, n) if group is None else group.limit
     key = get_pattern_key(list(config.rank_pattern), name)
     asked = config.rank_pattern.get(key, config.rank)
     rank = limit if asked is None else asked
     if rank > limit:
+        shared = "" if group is None else f" (the stacked weight of {', '.join(group.members)} has {limit} directions)"
         raise ValueError(
-            f"{name}: rank={rank} is over the limit; its weight is {m} x {n}, expected a rank of at most {limit}. Use "
-            f"rank=None for full rank, a smaller rank, or rank_pattern={{'{name.split('.')[-1]}': {limit}}}."
+            f"{name}: rank={rank} is over the limit; its weight is {m} x {n}{shared}, expected a rank of at most "
+            f"{limit}. Use rank=None for full rank, a smaller rank, or "
+            f"rank_pattern={{'{name.split('.')[-1]}': {limit}}}."
         )
     if config.pattern != "plain" and config.off_diagonals >= rank:
         raise ValueError(

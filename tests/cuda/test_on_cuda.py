@@ -9,9 +9,8 @@ from small_models import coefficients, load, logits, randomize, same_tensors, to
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
 import qsvft
-from qsvft.functional import bounded_inverse
-from qsvft.quantization import dense_weight
 from qsvft.tuner import QSVFTLinear
+from qsvft.weights import dense_weight
 
 DEVICE = "cuda"
 pytestmark = [
@@ -25,6 +24,9 @@ FORMS = [
     {"sides": "both", "off_diagonals": 2},
     {"pattern": "random", "off_diagonals": 1, "rank": 24},
     {"pattern": "top_k", "off_diagonals": 1, "sides": "both"},
+    {"factor_bits": 8, "off_diagonals": 2},
+    {"factor_bits": 4, "share_inputs": True, "off_diagonals": 2},
+    {"basis": "hadamard", "off_diagonals": 2},
 ]
 
 
@@ -42,16 +44,14 @@ def loss_and_gradients(model):
 
 def dense_update(layer, M):
     """dW (m, n) of a layer in fp64 on the CPU, by the formulas."""
-    pattern, form = layer.pattern("default"), layer._form("default")
+    pattern, form = layer.pattern("default"), layer.forms["default"]
     values = pattern.dense(M)
-    held = (layer.qsvft_U, layer.qsvft_V)
-    U, V = (None if t is None else t[: pattern.rank].cpu().double() for t in held)
-    if form == "both":
+    U, V = (layer.basis(key).dense(torch.float64, pattern.rank).cpu() for key in (form.outward, form.inward))
+    if form.kind == "both":
         return U.T @ values @ V
     W = layer.original_weight().cpu().double()
-    damping = layer.settings["default"].tail_damping
-    scale = bounded_inverse(layer.qsvft_s, layer.qsvft_rms, damping)[: pattern.rank].cpu().double()
-    if form == "input":
+    scale = layer.qsvft_scale["default"].cpu().double()
+    if form.kind == "input":
         return W @ V.T @ (scale[:, None] * values) @ V
     return U.T @ (values * scale) @ U @ W
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from torch import Tensor
 
-import qsvft.functional
+from qsvft.factors import StoredBasis
 from qsvft.tuner.layer import QSVFTLinear
 
 GATE = Path(__file__).parents[2] / "benchmarks" / "memory" / "gate.py"
@@ -43,10 +44,10 @@ def test_the_same_code_gives_the_same_bytes(gate: ModuleType, clean: dict) -> No
 
 
 def test_a_factor_copy_kept_by_autograd_is_reported_under_saved_activations(gate, clean, monkeypatch) -> None:
-    def leaking(a: Tensor, factor: Tensor) -> Tensor:
-        return a @ (factor.float() * 1.0).to(a.dtype).t()
+    def leaking(self: StoredBasis, a: Tensor, rank: int) -> Tensor:
+        return a @ (self.dense(torch.float32, rank) * 1.0).to(a.dtype).t()
 
-    monkeypatch.setattr(qsvft.functional, "to_coefficients", leaking)
+    monkeypatch.setattr(StoredBasis, "to_coefficients", leaking)
     lines, grew = gate.report(clean, {gate.key(CASE): gate.measure(CASE)})
     assert grew
     assert any("saved activations" in line and "+" in line for line in lines)

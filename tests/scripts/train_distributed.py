@@ -47,9 +47,7 @@ def main():
     model = prepared()
     parallel = accelerator.prepare(model)
     assert isinstance(parallel, DistributedDataParallel)
-    factors = {
-        name for name, _ in model.named_buffers() if name.rpartition(".")[2] in ("qsvft_U", "qsvft_V", "qsvft_s")
-    }
+    factors = {name for name, _ in model.named_buffers() if "qsvft_bases" in name or "qsvft_scale" in name}
     sent = {id(buffer) for buffer in parallel.modules_buffers}
     train(parallel, [batch(step, rank) for step in range(STEPS)], accelerator.backward)
     mine = trained_values(model)

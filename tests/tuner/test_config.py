@@ -37,6 +37,13 @@ REFUSED = [
     ("tail_damping", True, "a number in [0, 1)"),
     ("seed", 1.0, "an integer"),
     ("seed", None, "an integer"),
+    ("factor_bits", 5, "16 (bf16), 8 (int8) or 4 (NF4)"),
+    ("factor_bits", "4", "16 (bf16), 8 (int8) or 4 (NF4)"),
+    ("share_inputs", "yes", "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]"),
+    ("share_inputs", [["q_proj"]], "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]"),
+    ("basis", "fourier", "one of 'singular', 'hadamard'"),
+    ("residual", 1, "True or False"),
+    ("residual", True, "sides='both' with residual=True (it adds U S V^T back); sides is 'one'"),
 ]
 
 
@@ -45,12 +52,19 @@ def test_a_field_out_of_its_range_is_refused_with_what_is_allowed(name, value, a
     with pytest.raises(ValueError, match=re.escape(f"QSVFTConfig.{name}: expected {allowed}, got ")) as refusal:
         QSVFTConfig(**{name: value})
     found = str(refusal.value).split("got ", 1)[1]
-    assert found in (repr(value), repr(set(value)) if isinstance(value, list) else "")
+    assert found in (repr(value), repr(set(value)) if name.endswith("_modules") and isinstance(value, list) else "")
 
 
 def test_every_field_of_the_method_has_a_test_of_its_refusal():
     own = set(QSVFTConfig.__annotations__) - {"base"}
     assert own == {name for name, _, _ in REFUSED}
+
+
+@pytest.mark.parametrize("option", [{"share_inputs": True}, {"basis": "hadamard"}], ids=str)
+def test_what_needs_the_one_sided_form_is_refused_with_both_sides(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"QSVFTConfig\.{name}: expected sides='one' with {name}=.*; sides is 'both'"):
+        QSVFTConfig(sides="both", **option)
 
 
 FULL = {
@@ -64,12 +78,17 @@ FULL = {
     "sides": "both",
     "tail_damping": 0.05,
     "seed": 11,
+    "factor_bits": 8,
+    "residual": True,
     "base": {"weights": [{"bits": 4}]},
     "task_type": "CAUSAL_LM",
 }
 
 
-@pytest.mark.parametrize("options", [{}, FULL], ids=["defaults", "every field"])
+SHARED = {"share_inputs": [["q_proj", "k_proj"]], "basis": "hadamard"}
+
+
+@pytest.mark.parametrize("options", [{}, FULL, SHARED], ids=["defaults", "every field", "one-sided fields"])
 def test_a_saved_config_comes_back_equal(tmp_path, options):
     config = QSVFTConfig(**options, inference_mode=True)
     config.save_pretrained(str(tmp_path))

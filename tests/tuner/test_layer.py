@@ -5,6 +5,7 @@ import copy
 import bitsandbytes as bnb
 import pytest
 import torch
+from small_models import same_tensors
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -56,12 +57,17 @@ def dense_M(layer, name="default"):
     return M.index_put((rows, columns), layer.qsvft_M[name].double())
 
 
+def held_rows(layer, side, k):
+    """The first k directions of one side as the layer holds them in bf16, fp64; None if it does not."""
+    key = f"{side}_bf16"
+    return layer.basis(key).dense(torch.float64, k) if key in layer.qsvft_bases else None
+
+
 def dense_delta(layer, W, name="default"):
     """dW of each form as its docstring defines it, differentiable in M."""
     M = dense_M(layer, name)
     k, tau = M.shape[0], layer.settings[name].tail_damping
-    U = None if layer.qsvft_U is None else layer.qsvft_U[:k].double()
-    V = None if layer.qsvft_V is None else layer.qsvft_V[:k].double()
+    U, V = (held_rows(layer, side, k) for side in "UV")
     if layer.settings[name].sides == "both":
         return U.T @ M @ V
     floor = tau * (W.square().sum() / min(W.shape)).sqrt()
@@ -349,14 +355,19 @@ def test_merging_twice_warns_and_adds_nothing():
 def test_casting_the_model_keeps_M_in_fp32_and_the_factors_in_bf16(dtype):
     layer = adapted(linear(SHAPES["tall"]), sides="both")
     M = layer.qsvft_M["default"].detach().clone()
-    factors = [t.clone() for t in (layer.qsvft_U, layer.qsvft_V, layer.qsvft_s, layer.qsvft_rms)]
+    layer.update_layer("other", QSVFTConfig(off_diagonals=2, rank=4))
+    factors = {name: b.clone() for name, b in layer.named_buffers() if "probe" not in name}
     nn.Sequential(layer).to(dtype)
     assert layer.base_layer.weight.dtype == dtype
     assert layer.qsvft_M["default"].dtype == torch.float32
     assert torch.equal(layer.qsvft_M["default"], M)
-    held = (layer.qsvft_U, layer.qsvft_V, layer.qsvft_s, layer.qsvft_rms)
-    assert [t.dtype for t in held] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
-    assert all(torch.equal(old, new) for old, new in zip(factors, held, strict=True))
+    held = {name: b for name, b in layer.named_buffers() if "probe" not in name}
+    assert same_tensors(held, factors)
+    assert {name: t.dtype for name, t in held.items()} == {
+        "qsvft_bases.V_bf16.stored.values": torch.bfloat16,
+        "qsvft_bases.U_bf16.stored.values": torch.bfloat16,
+        "qsvft_scale.other": torch.float32,
+    }
 
 
 def test_casting_M_through_its_data_keeps_every_bit_of_it():

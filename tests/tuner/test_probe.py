@@ -165,7 +165,7 @@ def test_another_seed_of_the_random_pattern_gives_a_probe_that_is_refused():
 @pytest.mark.parametrize("sides", ["one", "both"])
 def test_one_flipped_sign_in_a_factor_is_seen(row, sides):
     layer = adapted(weight(), sides=sides)
-    layer.qsvft_V[row] *= -1
+    layer.basis("V_bf16").stored.values[row] *= -1
     flipped = layer.compute_probe("default", layer.original_weight())
     assert layer.probe_difference("default", flipped) > TOLERANCE
 
@@ -173,10 +173,11 @@ def test_one_flipped_sign_in_a_factor_is_seen(row, sides):
 def test_factors_recomputed_elsewhere_stay_far_below_the_tolerance():
     """Another driver or thread count moves fp64 vectors by 1e-10: some entries then round to the other bf16."""
     layer = adapted(weight())
-    V = layer.qsvft_V.clone()
+    stored = layer.basis("V_bf16").stored
+    V = stored.values.clone()
     every_hundredth = torch.arange(V.numel()).view(V.shape) % 100 == 0
-    layer.qsvft_V = torch.where(every_hundredth, torch.nextafter(V, 2 * V), V)
-    assert not torch.equal(layer.qsvft_V, V)
+    stored.values = torch.where(every_hundredth, torch.nextafter(V, 2 * V), V)
+    assert not torch.equal(stored.values, V)
     moved = layer.compute_probe("default", layer.original_weight())
     assert 0 < layer.probe_difference("default", moved) < TOLERANCE / 3
 

@@ -1,0 +1,18 @@
+"""Computing an adapter's part in one dtype, whatever autocast would choose for each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def in_compute_dtype(a: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """run(a) in a's dtype, or under autocast in autocast's dtype where a is fp32."""
+    kind = a.device.type
+    if a.is_meta or not torch.is_autocast_enabled(kind):
+        return run(a)
+    compute = torch.get_autocast_dtype(kind) if a.dtype == torch.float32 else a.dtype
+    with torch.autocast(kind, enabled=False):
+        return run(a.to(compute))

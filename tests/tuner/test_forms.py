@@ -1,0 +1,290 @@
+"""Every way of holding a basis, in every form: the maps that the held numbers define, whatever is done with them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from peft import PeftModel
+from small_models import coefficients, load, logits, randomize, same_tensors, tokens
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import qsvft
+from qsvft import QSVFTConfig
+from qsvft.tuner import QSVFTLinear
+from qsvft.tuner.form import form_of
+
+SHAPES = {"tall": (96, 64), "wide": (64, 96), "square": (64, 64), "odd": (37, 50)}
+WAYS = [
+    {"factor_bits": bits, "sides": sides, "rank": rank}
+    for bits, sides, rank in itertools.product((16, 8, 4), ("one", "both"), (None, 24))
+] + [{"basis": "hadamard"}, {"basis": "hadamard", "rank": 24, "seed": 5}]
+LEAN = [way for way in WAYS if way != {"factor_bits": 16, "sides": "one", "rank": None}]
+EACH_WAY = pytest.mark.parametrize("way", WAYS, ids=str)
+EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES)
+
+
+def adapted(shape: str, dtype=torch.float32, bias: bool = True, **options) -> QSVFTLinear:
+    torch.manual_seed(0)
+    m, n = SHAPES[shape]
+    base = nn.Linear(n, m, bias=bias).to(dtype)
+    layer = QSVFTLinear(base, "default", QSVFTConfig(**{"off_diagonals": 4, **options}), "block.layer")
+    with torch.no_grad():
+        M = layer.qsvft_M["default"]
+        M.copy_(torch.randn(M.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
+    return layer
+
+
+def dense_delta(layer: QSVFTLinear, values: torch.Tensor, name: str = "default") -> torch.Tensor:
+    """dW from the numbers that the layer holds, by the formulas, fp64, differentiable in M."""
+    form, pattern = layer.forms[name], layer.pattern(name)
+    M = pattern.dense(values)
+    inward, outward = (layer.basis(key).dense(torch.float64, pattern.rank) for key in (form.inward, form.outward))
+    if form.kind == "both":
+        return outward.T @ M @ inward
+    W, scale = layer.original_weight().double(), layer.qsvft_scale[name].double()
+    if form.kind == "input":
+        return W @ inward.T @ (scale[:, None] * M) @ inward
+    return inward.T @ (M * scale) @ inward @ W
+
+
+# --- forward, backward, merge ----------------------------------------------------------------------
+
+
+@EACH_WAY
+@EACH_SHAPE
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_and_gradients_are_those_of_the_numbers_held(shape, way, bias):
+    layer = adapted(shape, bias=bias, **way)
+    x, g = torch.randn(7, layer.in_features), torch.randn(7, layer.out_features)
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    grad_x, grad_M = torch.autograd.grad(y, (leaf, layer.qsvft_M["default"]), g)
+    values = layer.qsvft_M["default"].detach().double().requires_grad_()
+    exact_leaf = x.double().requires_grad_()
+    exact = exact_leaf @ (layer.original_weight().double() + dense_delta(layer, values)).T
+    if bias:
+        exact = exact + layer.base_layer.bias.double()
+    exact_x, exact_M = torch.autograd.grad(exact, (exact_leaf, values), g.double())
+    for found, expected in ((y, exact), (grad_x, exact_x), (grad_M, exact_M)):
+        assert float((found.double() - expected).norm().detach() / expected.norm().detach()) < 1e-5
+
+
+@EACH_WAY
+@EACH_SHAPE
+def test_in_bf16_the_error_is_that_of_the_naive_formula(shape, way):
+    layer = adapted(shape, torch.bfloat16, bias=False, **way)
+    x = torch.randn(200, layer.in_features).bfloat16()
+    values = layer.qsvft_M["default"].detach().double()
+    W = layer.original_weight().double()
+    exact = x.double() @ (W + dense_delta(layer, values)).T
+    naive = x @ (W + dense_delta(layer, values)).bfloat16().T
+    with torch.no_grad():
+        ours, theirs = (float((y.double() - exact).norm() / exact.norm()) for y in (layer(x), naive))
+    assert ours < 4 * theirs + 1e-3
+
+
+@EACH_WAY
+@EACH_SHAPE
+def test_merging_gives_the_adapters_map_and_unmerging_the_base_bit_for_bit(shape, way):
+    layer = adapted(shape, **way)
+    x, W = torch.randn(5, layer.in_features), layer.base_layer.weight.clone()
+    expected = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, W)
+
+
+@EACH_WAY
+@EACH_SHAPE
+def test_with_M_at_zero_it_is_the_base_bit_for_bit(shape, way):
+    layer = adapted(shape, torch.bfloat16, **way)
+    x = torch.randn(5, layer.in_features).bfloat16()
+    with torch.no_grad():
+        layer.qsvft_M["default"].zero_()
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+# --- what is kept ----------------------------------------------------------------------------------
+
+
+@EACH_WAY
+@EACH_SHAPE
+@pytest.mark.parametrize("pattern", ["banded", "plain", "random"])
+def test_for_the_backward_it_keeps_h_in_the_compute_dtype_and_nothing_else(shape, way, pattern):
+    """Of everything that lives between forward and backward and is not held anyway: (tokens, k) once."""
+    layer = adapted(shape, torch.bfloat16, bias=False, pattern=pattern, **way)
+    layer.base_layer.requires_grad_(False)
+    held = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    x, kept = torch.randn(30, layer.in_features).bfloat16().requires_grad_(), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    assert [(t.shape, t.dtype) for t in kept.values()] == [((30, layer.pattern("default").rank), torch.bfloat16)]
+    y.sum().backward()
+    assert layer.qsvft_M["default"].grad.any()
+
+
+def test_changing_M_between_forward_and_backward_is_refused():
+    layer = adapted("tall")
+    y = layer(torch.randn(3, 64).requires_grad_())
+    with torch.no_grad():
+        layer.qsvft_M["default"].add_(1)
+    with pytest.raises(RuntimeError, match="M was changed in place between the forward and the backward"):
+        y.sum().backward()
+
+
+# --- several adapters, growing ranks ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", LEAN, ids=str)
+@EACH_SHAPE
+def test_adapters_held_in_different_ways_add_up(shape, other):
+    layer = adapted(shape)
+    layer.update_layer("other", QSVFTConfig(**{"off_diagonals": 2, **other}))
+    with torch.no_grad():
+        layer.qsvft_M["other"].normal_(0, 0.2)
+    layer.set_adapter(["default", "other"])
+    x = torch.randn(5, layer.in_features)
+    delta = sum(dense_delta(layer, layer.qsvft_M[name].double(), name) for name in ("default", "other"))
+    exact = x.double() @ (layer.original_weight().double() + delta).T + layer.base_layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("sides", ["one", "both"])
+def test_a_larger_rank_adds_directions_and_leaves_the_first_adapters_map(bits, sides):
+    layer = adapted("tall", rank=10, factor_bits=bits, sides=sides)
+    x = torch.randn(5, 64)
+    before = layer(x)
+    layer.update_layer("larger", QSVFTConfig(rank=40, factor_bits=bits, sides=sides, off_diagonals=2))
+    assert {basis.rank for basis in layer.qsvft_bases.values()} == {40}
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer(x), before)
+
+
+def test_adapters_that_agree_hold_one_basis_and_others_their_own():
+    layer = adapted("tall")
+    for name, options in (("same", {}), ("both", {"sides": "both"}), ("nf4", {"factor_bits": 4})):
+        layer.update_layer(name, QSVFTConfig(off_diagonals=2, **options))
+    assert set(layer.qsvft_bases) == {"V_bf16", "U_bf16", "V_nf4"}
+
+
+@pytest.mark.parametrize("way", [{"factor_bits": 4}, {"basis": "hadamard"}], ids=str)
+def test_a_deleted_adapter_leaves_nothing_keyed_by_its_name(llama, way):
+    model = qsvft.prepare(load(llama), bits=4, **way)
+    expected = logits(model)
+    model.add_adapter("other", QSVFTConfig(task_type="CAUSAL_LM", **way))
+    model.delete_adapter("other")
+    layer = next(m for m in model.modules() if isinstance(m, QSVFTLinear))
+    for kept in (layer.qsvft_M, layer.qsvft_scale, layer.qsvft_pattern, layer.settings, layer.forms):
+        assert list(kept) == ["default"]
+    assert torch.equal(logits(model), expected)
+
+
+# --- saved and loaded ------------------------------------------------------------------------------
+
+SAVED = [*LEAN, {"factor_bits": 4, "pattern": "top_k", "rank": 30}, {"basis": "hadamard", "pattern": "random"}]
+
+
+@pytest.mark.parametrize("way", SAVED, ids=str)
+def test_a_saved_adapter_reloads_bitwise_the_same(llama, tmp_path, way):
+    model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=4, **way))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path)
+    assert same_tensors(coefficients(again), coefficients(model))
+    assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("way", [{"factor_bits": 16}, {"factor_bits": 4}], ids=str)
+@pytest.mark.parametrize("change", [{"factor_bits": 8}, {"share_inputs": True}, {"basis": "hadamard"}], ids=str)
+def test_an_adapter_read_with_another_basis_is_refused(llama, tmp_path, way, change):
+    model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=4, rank=32, **way))
+    model.save_pretrained(tmp_path)
+    config = QSVFTConfig.from_pretrained(str(tmp_path))
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=r"(its probe differs by|has no qsvft_scale|expected torch.float32 of shape)"):
+        PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path, config=config)
+
+
+# --- the Hadamard basis is portable ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_an_adapter_on_the_hadamard_basis_goes_to_another_base_of_the_same_shapes(llama, tmp_path, share):
+    """Trained on NF4, run on bf16: the update is W V N Vᵀ with the same N and V, and W as it is held there."""
+    options = {"basis": "hadamard", "share_inputs": share, "off_diagonals": 4}
+    model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4, **options))
+    model.save_pretrained(tmp_path)
+    dense = PeftModel.from_pretrained(load(llama, torch.float32), tmp_path)
+    assert same_tensors(coefficients(dense), coefficients(model))
+    for one, other in zip(model.modules(), dense.modules(), strict=False):
+        if isinstance(one, QSVFTLinear) and isinstance(other, QSVFTLinear):
+            assert torch.equal(one.qsvft_scale["default"], other.qsvft_scale["default"])
+            assert torch.equal(next(iter(one.qsvft_bases.values())).signs, next(iter(other.qsvft_bases.values())).signs)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(llama, torch.float32), tmp_path)), logits(dense))
+
+
+def test_a_damaged_scale_of_a_hadamard_adapter_is_refused(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    randomize(qsvft.prepare(load(llama), bits=4, basis="hadamard")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("qsvft_scale"))
+    for damaged, message in (
+        (tensors[key] * 2, "do not match their digest"),
+        (tensors[key][:5].clone(), r"scale is torch\.float32 of shape \(5,\); expected finite"),
+        (tensors[key] * float("nan"), "expected finite"),
+    ):
+        save_file({**tensors, key: damaged}, path)
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path)
+
+
+def test_another_seed_is_another_basis(llama, tmp_path):
+    randomize(qsvft.prepare(load(llama), bits=4, basis="hadamard")).save_pretrained(tmp_path)
+    config = QSVFTConfig.from_pretrained(str(tmp_path))
+    config.seed = 1
+    with pytest.raises(ValueError, match="its probe differs by"):
+        PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path, config=config)
+
+
+def test_keys_name_the_side_the_holding_and_the_group():
+    def keys(shape, group=None, **options):
+        return form_of(QSVFTConfig(**options), shape, 8, group).keys
+
+    assert keys((9, 9)) == ("V_bf16",) and keys((8, 9)) == ("U_bf16",)
+    assert keys((8, 9), sides="both", factor_bits=4) == ("V_nf4", "U_nf4")
+    assert keys((8, 9), sides="both", factor_bits=8, residual=True) == ("V_int8_original", "U_int8_original")
+    assert keys((8, 9), "q_k", share_inputs=True) == ("V_bf16_of_q_k",)
+    assert keys((8, 9), basis="hadamard", seed=3) == ("U_hadamard_3_8",)
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [*LEAN, {"sides": "both", "residual": True}], ids=str)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_few_steps_lower_the_loss(llama, way, checkpointing):
+    model = qsvft.prepare(load(llama), bits=4, off_diagonals=4, gradient_checkpointing=checkpointing, **way).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.95 * losses[0]
