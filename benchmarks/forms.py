@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from qsvft.decomposition import decompose
-from qsvft.factors import Factors, hold
+from qsvft.factors import make_bases, measured_scale
 from qsvft.functional import bounded_inverse, sparse_update, two_sided_update
 from qsvft.patterns import Pattern, banded
 
@@ -63,23 +62,24 @@ def scales() -> dict[str, Scale | None]:
 def measure(size: int, tokens: int, seed: int) -> list[dict[str, float | str]]:
     generator = torch.Generator().manual_seed(seed)
     W = language_model_like(size, generator)
-    factors = hold(decompose(W, size, "both"), W)
-    assert factors.U is not None and factors.V is not None
+    bases = make_bases(W, size, "both", 16)
+    U, V = (bases[side].dense(torch.bfloat16) for side in "UV")
+    s, rms = measured_scale(W, bases["V"], "V", size)
     pattern = banded(size, 8)
     unit = torch.randn(pattern.count, generator=generator)
     x = torch.randn(tokens, size, generator=generator).to(torch.bfloat16)
     g = torch.randn(tokens, size, generator=generator).to(torch.bfloat16)
     rows = []
     for name, make in scales().items():
-        scale = None if make is None else make(factors.s, factors.rms)
+        scale = None if make is None else make(s, rms)
 
         def run(dtype: torch.dtype, values: Tensor, scale: Tensor | None = scale) -> tuple[Tensor, Tensor]:
             values = values.clone().requires_grad_()
-            y = apply(x.to(dtype), W.to(dtype), factors.U, factors.V, scale, values, pattern)
+            y = apply(x.to(dtype), W.to(dtype), U, V, scale, values, pattern)
             (gradient,) = torch.autograd.grad(y, values, g.to(dtype))
             return y.detach(), gradient
 
-        size_of_update = 0.02 * W.double().norm() / dense_update(W, factors, scale, unit, pattern).norm()
+        size_of_update = 0.02 * W.double().norm() / dense_update(W, U, V, scale, unit, pattern).norm()
         values = (unit.double() * size_of_update).float()
         y64, gradient64 = run(torch.float64, values.double())
         y, gradient = run(torch.bfloat16, values)
@@ -93,10 +93,8 @@ def apply(x: Tensor, W: Tensor, U: Tensor, V: Tensor, scale: Tensor | None, valu
     return sparse_update(x, x, V, V, values, pattern, scale, "rows") @ W.T
 
 
-def dense_update(W: Tensor, factors: Factors, scale: Tensor | None, values: Tensor, pattern: Pattern) -> Tensor:
-    assert factors.U is not None
-    assert factors.V is not None
-    M, U, V = pattern.dense(values.double()), factors.U.double(), factors.V.double()
+def dense_update(W: Tensor, U: Tensor, V: Tensor, scale: Tensor | None, values: Tensor, pattern: Pattern) -> Tensor:
+    M, U, V = pattern.dense(values.double()), U.double(), V.double()
     if scale is None:
         return U.T @ M @ V
     return W.double() @ V.T @ (scale[:, None] * M) @ V

@@ -1,0 +1,63 @@
+"""The benchmarks' scripts run, at toy size, and say what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A folder with two weights under the names that a BERT checkpoint has."""
+    folder = tmp_path_factory.mktemp("bert")
+    weights = {
+        f"encoder.layer.0.{name}.weight": torch.randn(*shape) for name, shape in (("a", (24, 16)), ("b", (16, 24)))
+    }
+    save_file({**weights, "pooler.dense.weight": torch.randn(8, 8)}, folder / "model.safetensors")
+    return folder
+
+
+def run(script: str, tmp_path: Path, *arguments: str) -> tuple[str, dict]:
+    path = tmp_path / "figures.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--json", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_forms(tmp_path):
+    shown, figures = run("forms.py", tmp_path, "--size", "64", "--tokens", "32")
+    errors = {row["form"]: row["gradient"] for row in figures["rows"]}
+    assert errors["two-sided"] < errors["one-sided, 1/s unbounded"] and "two-sided" in shown
+
+
+def test_factor_bits(tmp_path, bert):
+    _, figures = run("factor_bits.py", tmp_path, "--size", "64", "--minilm", str(bert))
+    for rows in figures["tables"].values():
+        error = {name: row[1] for name, row in rows.items()}
+        assert error["bf16"] < error["int8, linear (held so)"] < error["int8, bitsandbytes' dynamic map"]
+    assert len(figures["tables"]) == 2
+
+
+@pytest.mark.slow
+def test_residual(tmp_path, bert):
+    _, figures = run("residual.py", tmp_path, "--size", "64", "--minilm", str(bert))
+    for rows in figures["errors"].values():
+        assert rows["1 of the rank, int8"] < rows["0.25 of the rank, int8"] < rows["NF4 alone"]
+    assert figures["losses"].keys() == {"bf16", *figures["errors"]["MiniLM"]}
+
+
+def test_basis(tmp_path):
+    _, figures = run("basis.py", tmp_path, "--size", "128", "--tokens", "16", "--prepare-size", "64", "--repeats", "1")
+    held = {row["basis"]: row["bytes"] for row in figures["rows"]}
+    assert held["singular, bf16"] == 2 * 128 * 128 and held["hadamard"] == 128 + 64 * 64
