@@ -26,11 +26,19 @@ import qsvft
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import finetune
 
+ALONE = {"share_inputs": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "two-sided": {"sides": "both"},
-    "one-sided, tau 0.1 (default)": {},
-    "one-sided, tau 0.03": {"tail_damping": 0.03},
-    "one-sided, 1/s unbounded": {"tail_damping": 0.0},
+    "one-sided, tau 0.1": ALONE,
+    "one-sided, tau 0.03": {**ALONE, "tail_damping": 0.03},
+    "one-sided, 1/s unbounded": {**ALONE, "tail_damping": 0.0},
+    "one-sided, int8": {**ALONE, "factor_bits": 8},
+    "one-sided, NF4": {**ALONE, "factor_bits": 4},
+    "one-sided, shared (default)": {},
+    "one-sided, NF4, shared": {"factor_bits": 4},
+    "hadamard": {**ALONE, "basis": "hadamard"},
+    "hadamard, shared": {"basis": "hadamard"},
+    "two-sided, residual, int8": {"sides": "both", "residual": True, "factor_bits": 8},
 }
 RATES = (1e-2, 2e-2, 4e-2)
 
@@ -65,9 +73,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
-    jobs = [(name, rate) for name in VARIANTS for rate in RATES]
+    jobs = [(name, rate) for name in options.variants for rate in RATES]
     losses = {}
     for name, rate in track(jobs, description="training", console=Console(stderr=True)):
         losses[name, rate] = [train_once(VARIANTS[name], rate, options.steps, seed) for seed in options.seeds]
@@ -75,7 +84,7 @@ def main() -> None:
     for column in ("variant", "learning rate", "mean loss", "range"):
         table.add_column(column)
     rows = []
-    for name in VARIANTS:
+    for name in options.variants:
         rate = min(RATES, key=lambda r: sum(losses[name, r]))
         found = losses[name, rate]
         rows.append({"variant": name, "learning_rate": rate, "losses": found})

@@ -90,10 +90,14 @@ def prepare(
 
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
-        switches = {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
-        others = {"chunked_loss": chunked_loss or None, "quantize_embeddings": quantize_embeddings}
-        given = {key: value for key, value in (switches | others).items() if value is not None}
-        chosen = fitting_options(model, fit, bits, {**options, **given}, progress)
+        given = {
+            "gradient_checkpointing": gradient_checkpointing,
+            "offload": offload,
+            "quantize_embeddings": quantize_embeddings,
+            "chunked_loss": None if chunked_loss else False,
+        }
+        options |= {key: value for key, value in given.items() if value is not None}
+        chosen = fitting_options(model, fit, bits, options, progress)
         return prepare(model, bits, adapter_name=adapter_name, progress=progress, **chosen)
     config = config if config is not None else _config(model, options)
     trained_whole = [*(config.modules_to_save or []), *_left_whole(config)]

@@ -11,7 +11,14 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
 MODULES = ("cases", "predictions", "recorder", "results", "stages", "steps", "summary")
-METHODS = ("qlora", "qsvft", "floor", "svft")
+METHODS = (
+    "qlora",
+    "qsvft",
+    "qsvft:factor_bits=4",
+    "qsvft:basis=hadamard",
+    "floor",
+    "svft",
+)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -113,8 +120,7 @@ def test_cases_that_do_not_fit_fail_or_run_out_of_memory_have_their_reason(suite
     assert stages.main(["--rehearse", "--output", str(tmp_path), "memory"]) == 1
     found = {row["method"]: row for row in cases(tmp_path / "memory.jsonl")}
     assert {name: row["status"] for name, row in found.items()} == {
-        "qlora": "not run",
-        "qsvft": "not run",
+        **dict.fromkeys(METHODS[:4], "not run"),
         "floor": "out of memory",
         "svft": "failed",
     }

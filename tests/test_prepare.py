@@ -196,7 +196,7 @@ def test_deleting_the_model_frees_its_factors_without_the_garbage_collector(llam
 
     model = qsvft.prepare(load(llama), bits=4)
     layer = next(iter(adapted(model).values()))
-    held = (layer.basis("V_bf16").stored.values, layer.base_layer.weight, layer)
+    held = (next(layer.qsvft_bases.buffers()), layer.base_layer.weight, layer)
     references = [weakref.ref(thing) for thing in held]
     gc.collect()
     gc.disable()
@@ -239,7 +239,7 @@ REFUSALS = {
     ),
     "a rank over the limit": (
         None,
-        {"rank": 48},
+        {"rank": 48, "share_inputs": False},
         r"k_proj: rank=48 is over the limit; its weight is 32 x 64, expected a rank of at most 32\. Use rank=None",
     ),
     "as many off-diagonals as the rank": (

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from qsvft.memory import METHODS
 
 BATCH_SIZE = 1
-FIRST = ("qlora", "qsvft", "floor", "lora", "qlora-kbit", "svft")
+LEAN = (
+    "qsvft:factor_bits=4",
+    "qsvft:factor_bits=4,rank=256",
+    "qsvft:factor_bits=4,share_inputs=false",
+    "qlora:chunked_loss=true",
+    "floor:chunked_loss=true",
+    "qsvft:factor_bits=4,quantize_embeddings=8",
+    "qsvft:factor_bits=4,offload_checkpoints=true",
+    "qsvft:basis=hadamard",
+    "qsvft:factor_bits=8",
+)
+FIRST = ("qlora", "qsvft", *LEAN[:4], "floor", "lora", "qlora-kbit", "svft", *LEAN[4:])
 # Their singular vectors are replaced by random numbers: see steps.random_factors.
 FACTORED = ("qsvft", "svft", "svft-authors")
 
@@ -42,7 +53,7 @@ FULL = Plan(
 REHEARSAL = Plan(
     models=("tiny",),
     lengths=(32,),
-    methods=("qlora", "qsvft", "floor", "svft"),
+    methods=("qlora", "qsvft", LEAN[0], LEAN[-2], "floor", "svft"),
     warmup=1,
     least=3,
     most=3,

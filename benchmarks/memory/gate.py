@@ -42,13 +42,13 @@ LEAN_METHODS = (
     "qsvft:factor_bits=4,rank=256",
     "qsvft:factor_bits=4,rank=1024",
     "qsvft:factor_bits=8",
+    "qsvft:factor_bits=4,share_inputs=false",
     "qsvft:factor_bits=4",
-    "qsvft:factor_bits=4,share_inputs=true",
-    "qsvft:factor_bits=4,share_inputs=true,quantize_embeddings=8",
-    "qsvft:factor_bits=4,share_inputs=true,quantize_embeddings=8,offload_checkpoints=true",
-    "qsvft:basis=hadamard,share_inputs=true",
+    "qsvft:factor_bits=4,quantize_embeddings=8",
+    "qsvft:factor_bits=4,quantize_embeddings=8,offload_checkpoints=true",
+    "qsvft:basis=hadamard",
 )
-WITHOUT_CHECKPOINTING = ("qsvft:factor_bits=4,share_inputs=true", "qsvft:factor_bits=4,rank=1024")
+WITHOUT_CHECKPOINTING = ("qsvft:factor_bits=4", "qsvft:factor_bits=4,rank=1024")
 MODELS = ("llama-2-7b", "llama-3-8b")
 MIB = 2**20
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tuner.config import QSVFTConfig
 from .ladder import DEFAULTS
 from .recommend import Recommendation, recommend
 from .report import GIB
@@ -54,7 +55,8 @@ def _found(model: nn.Module, fit: object, given: Mapping[str, Any], progress: bo
 
 def _checked(found: Recommendation, given: Mapping[str, Any]) -> Recommendation:
     """A recommendation was counted with all its options; others beside it would change its bytes."""
-    counted = {**DEFAULTS, **found.options}
+    adapter = {key: value for key, value in found.options.items() if key in QSVFTConfig.__dataclass_fields__}
+    counted = {**vars(QSVFTConfig(**adapter)), **DEFAULTS, **found.options}
     other = next((key for key, value in given.items() if counted.get(key, _MISSING) != value), None)
     if other is not None:
         raise ValueError(

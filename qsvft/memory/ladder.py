@@ -26,7 +26,6 @@ RANKS = (2048, 1024, 512, 256, 128, 64)
 DEFAULTS: dict[str, Any] = {
     "rank": None,
     "factor_bits": 16,
-    "share_inputs": False,
     "gradient_checkpointing": True,
     "quantize_embeddings": 16,
     "offload": False,
@@ -61,15 +60,14 @@ class Step:
 
 
 # What rounding the vocabulary does to the logits is measured by benchmarks/vocabulary.py, what rounding the
-# factors, sharing and truncation do to training by benchmarks/quality.py.
+# factors and truncation do to training by benchmarks/quality.py.
 STEPS = (
-    Step("gradient_checkpointing", True, "the same gradients, for about a third more time: the forward runs twice"),
+    Step("gradient_checkpointing", True, "the same gradients; the forward runs a second time in the backward"),
     Step("factor_bits", 8, "int8 singular vectors; no difference shows in training"),
     Step("factor_bits", 4, "NF4 singular vectors, another basis than the exact one; no difference shows in training"),
-    Step("share_inputs", True, "one V for layers that read the same input; no difference shows in training"),
-    Step("quantize_embeddings", 8, "embeddings and head in int8; on a small model that moves the logits by 0.6 %"),
+    Step("quantize_embeddings", 8, "embeddings and head in int8; on a small model that moves the logits by 0.6%"),
     Step("offload", True, "checkpoints wait in host memory: the same gradients, for the time of the copies"),
-    Step("quantize_embeddings", 4, "embeddings and head in NF4; on a small model that moves the logits by 5.5 %"),
+    Step("quantize_embeddings", 4, "embeddings and head in NF4; on a small model that moves the logits by 5.5%"),
     *(
         Step("rank", rank, "fewer singular directions, which costs accuracy; more off_diagonals win part of it back")
         for rank in RANKS
@@ -133,7 +131,6 @@ class Rung:
         rank = "full rank" if now["rank"] is None else f"rank {now['rank']}"
         factors = "no factors" if now.get("basis") == "hadamard" else f"{held[now['factor_bits']]} factors"
         parts = [f"{rank} with {factors}"]
-        parts += ["shared inputs"] if now["share_inputs"] else []
         parts += [f"{held[now['quantize_embeddings']]} embeddings"] if now["quantize_embeddings"] != 16 else []
         parts += ["offloaded checkpoints"] if now["offload"] else []
         parts += [] if now["gradient_checkpointing"] else ["no checkpointing"]
@@ -186,10 +183,8 @@ def _takes(model: PreTrainedModel, step: Step, settings: Mapping[str, Any]) -> b
         names = _check(model, step.option, settings)
     except ValueError:
         return False
-    groups = groups_of(model, _config(settings), names) if step.option in ("share_inputs", "rank") else {}
-    if step.option == "share_inputs":
-        return bool(groups)
     if step.option == "rank":
+        groups = groups_of(model, _config(settings), names)
         full = (groups[n].limit if n in groups else min(shape_of(model.get_submodule(n), n)) for n in names)
         return bool(step.value < max(full))
     return True

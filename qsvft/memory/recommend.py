@@ -25,6 +25,9 @@ from .shapes import empty_model
 CARD_STEP = 10
 """A card that would do is named in tenths of a GiB."""
 
+SOLD_GIB = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80)
+"""Cards that one can have instead: what a larger card is as a change, beside a shorter sequence."""
+
 T = TypeVar("T")
 
 
@@ -193,8 +196,9 @@ def _changes(
     length = longest_fitting(lambda n: counter.peak(leanest, batch_size, min(n, seq_len)), card_gib, seq_len)
     if not length:
         return ({"card_gib": card},)
-    shorter: dict[str, float] = {"seq_len": length}
-    return (shorter, {"card_gib": card}) if seq_len / length <= card / card_gib else ({"card_gib": card}, shorter)
+    sold = next((size for size in SOLD_GIB if size >= card), card)
+    changes: tuple[dict[str, float], ...] = ({"seq_len": length}, {"card_gib": card})
+    return changes if seq_len / length <= sold / card_gib else changes[::-1]
 
 
 # --- counting -------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class AdapterReader:
             )
         difference = layer.probe_difference(adapter, probe)
         if not difference <= TOLERANCE:
-            raise ValueError(self._mismatch(name, layer, bytes(base.cpu().tolist()), difference))
+            raise ValueError(self._mismatch(name, layer, adapter, bytes(base.cpu().tolist()), difference))
         # The probe at hand takes the place of the saved one, so that saving again writes what is true here.
         key = next(k for k in (f"{_PREFIX}{name}.qsvft_probe", f"{name}.qsvft_probe") if k in self.parameters)
         self.parameters[key] = layer._expected_probe[adapter].clone()
@@ -139,12 +139,14 @@ class AdapterReader:
         layer._set_probe(adapter, layer.original_weight())
         return scale
 
-    def _mismatch(self, name: str, layer: QSVFTLinear, base: bytes, difference: float) -> str:
-        same_weight = base == layer.base_digest
-        if same_weight:
-            cause = "the weight is the same, but its singular vectors came out differently here"
-        else:
+    def _mismatch(self, name: str, layer: QSVFTLinear, adapter: str, base: bytes, difference: float) -> str:
+        group = layer.forms[adapter].group
+        if base != layer.base_digest:
             cause = "the weight is another one"
+        elif group is not None:
+            cause = f"the weight is the same, but not all of those that it shares V with are ({group})"
+        else:
+            cause = "the weight is the same, but its singular vectors came out differently here"
         there = (self.config.base or {}).get("weights")
         found = math.inf if math.isnan(difference) else difference
         return (

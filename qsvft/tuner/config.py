@@ -51,7 +51,7 @@ class QSVFTConfig(PeftConfig):
         factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation).
         share_inputs: layers that read the same input (q, k, v; gate, up) share the V of their stacked weight,
             and compute Vᵀ x once. True finds them by their names in transformers' models; a list of lists of
-            sibling names, [["q_proj", "k_proj"]], says which. One-sided form only.
+            sibling names, [["q_proj", "k_proj"]], says which. One-sided form only, where it is the default.
         basis: "singular" (singular vectors) or "hadamard" (seeded random signs and a Walsh-Hadamard transform:
             nothing stored, nothing decomposed; one-sided form only).
         residual: the base is NF4(W - U S Vᵀ) with U S Vᵀ added back, so that the factors make the base more
@@ -84,8 +84,9 @@ class QSVFTConfig(PeftConfig):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random pattern and of the Hadamard basis."})
     factor_bits: int = field(default=16, metadata={"help": "How U and V are held: 16, 8 or 4 bits."})
-    share_inputs: bool | list[list[str]] = field(
-        default=False, metadata={"help": "One V for layers that read the same input: True, or lists of their names."}
+    share_inputs: bool | list[list[str]] | None = field(
+        default=None,
+        metadata={"help": "One V for layers that read the same input: True, False or lists of names."},
     )
     basis: str = field(default="singular", metadata={"help": f"One of {', '.join(BASES)}."})
     residual: bool = field(
@@ -139,7 +140,9 @@ class QSVFTConfig(PeftConfig):
 
     def _validate_sharing(self) -> None:
         share: Any = self.share_inputs
-        if isinstance(share, bool):
+        if share is None:
+            self.share_inputs = self.sides == "one"
+        if share is None or isinstance(share, bool):
             return
         listed = isinstance(share, (list, tuple)) and all(
             isinstance(names, (list, tuple)) and len(names) > 1 and all(isinstance(name, str) for name in names)

@@ -21,12 +21,20 @@ HELD = {16: "bf16", 8: "int8", 4: "nf4"}
 
 @dataclass(frozen=True)
 class Form:
-    """One of the maps of :mod:`qsvft.functional`, with the keys of the bases it reads and writes through."""
+    """One of the maps of :mod:`qsvft.functional`, with the keys of the bases it reads and writes through.
+
+    Attributes:
+        kind: the map.
+        inward, outward: the keys of the bases.
+        seeded: whether the basis comes from a seed and not from the weight.
+        group: the layers that share the basis, if any.
+    """
 
     kind: Literal["input", "output", "both"]
     inward: str
     outward: str
     seeded: bool = False
+    group: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -52,7 +60,7 @@ def form_of(config: QSVFTConfig, shape: tuple[int, int], rank: int, group: str |
     seeded = config.basis == "hadamard"
     if group is not None:
         key = f"V_{held}_of_{group}"
-        return Form("input", key, key, seeded)
+        return Form("input", key, key, seeded, group)
     kind = small_side(shape)
     key = f"{'V' if kind == 'input' else 'U'}_{held}"
     return Form(kind, key, key, seeded)

@@ -74,6 +74,46 @@ def test_the_exit_code_says_when_no_method_could_run():
     assert result.stderr == "qsvft: none of the methods could run\n"
 
 
+def test_one_card_gets_its_settings_after_the_tables(tmp_path):
+    path = tmp_path / "r.json"
+    settings = ("--method", "floor", "--batch-size", 2, "--optimizer", "sgd", "--card", 8, "--json", path)
+    result = profile(*settings)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    found = qsvft.recommend("tiny", 8, 32, 2, optimizer="sgd")
+    assert result.stdout.endswith(f"\n\n{found}\n")
+    assert json.loads(path.read_text())["recommendation"] == found.to_dict()
+    assert "Live at the peak" in result.stdout
+    kept = profile(*settings, "--no-checkpointing")
+    assert "as given: gradient_checkpointing=False" in kept.stdout
+
+
+@pytest.mark.parametrize("cards", [(), (8, 12)])
+def test_no_settings_are_shown_for_no_card_or_several(tmp_path, cards):
+    path = tmp_path / "r.json"
+    result = profile("--method", "floor", "--json", path, *(part for card in cards for part in ("--card", card)))
+    assert result.exit_code == 0, result.stderr
+    assert "qsvft.prepare" not in result.stdout
+    assert "recommendation" not in json.loads(path.read_text())
+
+
+def test_a_card_that_nothing_fits_is_told_what_would():
+    result = profile("--method", "floor", "--card", 0.7501)
+    assert result.exit_code == 0, result.stderr
+    assert "nothing fits" in result.stdout and "what would fit: a card of 0.8 GiB" in result.stdout
+
+
+def test_the_tables_stand_where_no_settings_can_be_counted(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("'tiny': a step of qsvft cannot be counted")
+
+    monkeypatch.setattr("qsvft.cli.profile.recommend", refuse)
+    result = profile("--method", "floor", "--card", 8)
+    assert result.exit_code == 0
+    assert "\n floor " in result.stdout
+    assert result.stderr == "qsvft: no recommendation: 'tiny': a step of qsvft cannot be counted\n"
+
+
 def refused(result, *names):
     """Exit code 2, nothing on stdout, and one line on stderr that names the thing."""
     assert result.exit_code == 2, result.output

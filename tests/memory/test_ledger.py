@@ -23,6 +23,14 @@ VARIANTS = (
     "qsvft:rank=24,pattern=random",
     "qsvft:pattern=top_k",
     "qsvft:bits=16",
+    "qsvft:share_inputs=false",
+    "qsvft:factor_bits=8",
+    "qsvft:factor_bits=4,rank=24",
+    "qsvft:basis=hadamard",
+    "qsvft:sides=both,residual=true,factor_bits=8",
+    "qsvft:factor_bits=4,quantize_embeddings=8",
+    "qsvft:quantize_embeddings=4,chunked_loss=false",
+    "qlora:chunked_loss=true",
 )
 # PEFT asks a deprecated property of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -60,7 +68,7 @@ def test_categories_add_up_to_the_peak() -> None:
     assert ledger.peaks()["total"].nbytes == max(sum(live.values()) for _, live in ledger.timeline())
 
 
-@pytest.mark.parametrize("text", ["qlora", "qsvft", "qsvft:sides=both", "svft", "full"])
+@pytest.mark.parametrize("text", ["qlora", "qsvft", "qsvft:share_inputs=false", "qsvft:sides=both", "svft", "full"])
 def test_held_bytes_are_what_the_shapes_say(text: str) -> None:
     """Predicted from the config alone, layer by layer."""
     config = model_config("tiny")
@@ -83,19 +91,26 @@ def test_held_bytes_are_what_the_shapes_say(text: str) -> None:
         k = min(m, n)
         return rounded(2 * k * k) + rounded(4 * k)
 
+    def shared_factors() -> int:
+        """V of q, k, v and of gate, up, and those of o and down alone, all as wide as the model; 7 scales."""
+        return layers * (4 * rounded(2 * hidden * hidden) + 7 * rounded(4 * hidden))
+
     def both_factors(m: int, n: int) -> int:
         k = min(m, n)
         return rounded(2 * k * m) + rounded(2 * k * n)
 
     expected = {
         "qlora": ("base weights", total(nf4)),
-        "qsvft": ("factors", total(small_factor)),
+        "qsvft": ("factors", shared_factors()),
+        "qsvft:share_inputs=false": ("factors", total(small_factor)),
         "qsvft:sides=both": ("factors", total(both_factors)),
         "svft": ("factors", total(both_factors) + total(lambda m, n: rounded(2 * min(m, n)))),
         "full": ("trainable", sum(rounded(2 * p.numel()) for p in real_base().parameters())),
     }[text]
     assert categories[expected[0]] == expected[1]
-    if text.startswith("qsvft"):
+    if text == "qsvft":
+        assert trainable == 7 * layers * (17 * hidden - 72)
+    elif text.startswith("qsvft"):
         assert trainable == total(lambda m, n: 17 * min(m, n) - 72)
 
 

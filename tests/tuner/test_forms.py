@@ -207,7 +207,7 @@ def test_a_saved_adapter_reloads_bitwise_the_same(llama, tmp_path, way):
 
 
 @pytest.mark.parametrize("way", [{"factor_bits": 16}, {"factor_bits": 4}], ids=str)
-@pytest.mark.parametrize("change", [{"factor_bits": 8}, {"share_inputs": True}, {"basis": "hadamard"}], ids=str)
+@pytest.mark.parametrize("change", [{"factor_bits": 8}, {"share_inputs": False}, {"basis": "hadamard"}], ids=str)
 def test_an_adapter_read_with_another_basis_is_refused(llama, tmp_path, way, change):
     model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=4, rank=32, **way))
     model.save_pretrained(tmp_path)

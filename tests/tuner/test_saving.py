@@ -216,11 +216,22 @@ def test_a_base_other_than_the_adapters_is_refused_with_both_named(llama, other_
     assert "Load it on the same checkpoint" in message
 
 
-def test_one_changed_weight_matrix_is_refused_by_its_name(llama, saved):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("down_proj", r"^model\.layers\.1\.mlp\.down_proj: this adapter does not fit .*; the weight is another one"),
+        # Its neighbour shares the V of both weights and is asked first.
+        (
+            "up_proj",
+            r"^model\.layers\.1\.mlp\.gate_proj: .*the weight is the same, but not all of those .* \(gate_proj_up",
+        ),
+    ],
+)
+def test_one_changed_weight_matrix_is_refused_by_its_name(llama, saved, changed, message):
     model = load(llama)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(-1)
-    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: this adapter does not fit"):
+        model.get_submodule(f"model.layers.1.mlp.{changed}").weight.mul_(-1)
+    with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(qsvft.quantize(model, 4), saved[0])
 
 
@@ -247,7 +258,9 @@ def test_an_adapter_with_more_layers_than_the_model_is_refused(tmp_path, saved):
         {"off_diagonals": 3},
         {"pattern": "random"},
         {"pattern": "top_k"},
-        {"sides": "both"},
+        {"sides": "both", "share_inputs": False},
+        {"share_inputs": False},
+        {"factor_bits": 4},
         {"tail_damping": 0.9},
     ],
     ids=str,

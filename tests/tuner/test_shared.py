@@ -94,7 +94,7 @@ def test_a_group_holds_one_basis_and_each_layer_its_own_scale_and_M(llama, optio
 
 
 def test_llama_has_four_factors_a_layer_in_place_of_seven(llama):
-    shared, alone = with_M(llama, share_inputs=True), with_M(llama)
+    shared, alone = with_M(llama), with_M(llama, share_inputs=False)
     assert len({id(m) for m in alone.modules() if isinstance(m, StoredBasis)}) == 14
     assert len({id(m) for m in shared.modules() if isinstance(m, StoredBasis)}) == 8
 
@@ -191,7 +191,7 @@ def test_a_second_adapter_of_a_larger_rank_extends_the_shared_basis_for_all(llam
 def test_sharing_and_not_sharing_adapters_stand_side_by_side(llama):
     model = with_M(llama, share_inputs=True)
     expected = logits(model)
-    model.add_adapter("alone", QSVFTConfig(off_diagonals=4, task_type="CAUSAL_LM"))
+    model.add_adapter("alone", QSVFTConfig(off_diagonals=4, share_inputs=False, task_type="CAUSAL_LM"))
     assert torch.equal(logits(model), expected)
     model.set_adapter("alone")
     randomize(model, "alone")
