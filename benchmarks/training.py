@@ -74,18 +74,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="the learning rates of the sweep")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
-    jobs = [(name, rate) for name in options.variants for rate in RATES]
+    jobs = [(name, rate) for name in options.variants for rate in options.rates]
     losses = {}
     for name, rate in track(jobs, description="training", console=Console(stderr=True)):
         losses[name, rate] = [train_once(VARIANTS[name], rate, options.steps, seed) for seed in options.seeds]
-    table = Table(title=f"Held-out loss after {options.steps} steps, best of {len(RATES)} learning rates")
+    table = Table(title=f"Held-out loss after {options.steps} steps, best of {len(options.rates)} learning rates")
     for column in ("variant", "learning rate", "mean loss", "range"):
         table.add_column(column)
     rows = []
     for name in options.variants:
-        rate = min(RATES, key=lambda r: sum(losses[name, r]))
+        rate = min(options.rates, key=lambda r: sum(losses[name, r]))
         found = losses[name, rate]
         rows.append({"variant": name, "learning_rate": rate, "losses": found})
         mean = sum(found) / len(found)
