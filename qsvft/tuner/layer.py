@@ -34,8 +34,9 @@ from ..factors import StoredBasis, make_bases, measured_scale
 from ..functional import bounded_inverse, coefficients_of, input_side_update, output_side_update, two_sided_update
 from ..hadamard import HadamardBasis
 from ..nf4_product import slice_products
-from ..residual import ResidualLinear, residual_linear
+from ..residual import ResidualLinear
 from ..weights import check_weight, dense_layer, dense_weight, product_without_bias, read_through, weight_digest
+from .attach import choose_pattern, residual_base
 from .config import QSVFTConfig
 from .form import Form, form_of
 from .parameter import Float32Parameter
@@ -99,7 +100,8 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         shape = (self.out_features, self.in_features)
         rank = rank_of(config, self.module_name, shape, group)
         if config.residual:
-            self._ensure_residual(rank, config.factor_bits)
+            base = residual_base(self.original_base(), rank, config, self.module_name, sorted(self.settings))
+            self.base_layer = self.base_layer if self._unmerged else base
         weight = self.original_weight()
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError(
@@ -112,31 +114,12 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         if form.kind != "both":
             s, rms = measured_scale(weight, self.basis(form.inward), form.inward[0], rank)
             self.qsvft_scale[adapter_name] = bounded_inverse(s, rms, config.tail_damping)
-        self.qsvft_pattern[adapter_name] = self._make_pattern(form, config, rank, weight).to(weight.device)
+        pattern = choose_pattern(config, form, rank, weight, self.basis, self.module_name)
+        self.qsvft_pattern[adapter_name] = pattern.to(weight.device)
         values = torch.zeros(self.pattern(adapter_name).count, device=weight.device)
         self.qsvft_M[adapter_name] = Float32Parameter(values)
         self._set_probe(adapter_name, weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _ensure_residual(self, rank: int, bits: int) -> None:
-        """Put a residual base in place of a dense one."""
-        base = self.original_base()
-        if isinstance(base, ResidualLinear):
-            held = base.basis("U")
-            if (held.rank, held.stored.bits) != (rank, bits):
-                raise ValueError(
-                    f"{self.module_name}: its residual base has rank {held.rank} and factor_bits={held.stored.bits}, "
-                    f"the new adapter asks for rank {rank} and factor_bits={bits}; expected the same. Load the model "
-                    "again for another residual base."
-                )
-            return
-        if self.settings:
-            raise ValueError(
-                f"{self.module_name}: residual=True changes the base, which carries the adapters "
-                f"{sorted(self.settings)} already; expected a base without any. Add the adapter with residual=True "
-                "first."
-            )
-        self.base_layer = residual_linear(base, rank, bits)
 
     def _ensure_bases(
         self, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None
@@ -168,27 +151,6 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
             return {form.inward: HadamardBasis(size, rank, config.seed, weight.device)}
         made = make_bases(weight, rank, "both" if form.kind == "both" else "one", config.factor_bits)
         return {key: made[key[0]] for key in form.keys}
-
-    def _make_pattern(self, form: Form, config: QSVFTConfig, rank: int, weight: Tensor) -> patterns.Pattern:
-        d = config.off_diagonals
-        if config.pattern == "plain":
-            return patterns.plain(rank)
-        if config.pattern == "banded":
-            return patterns.banded(rank, d)
-        if weight.is_meta:
-            return patterns.IndexPattern.without_values(rank, patterns.banded_count(rank, d))
-        if config.pattern == "random":
-            return patterns.random_entries(rank, d, f"{config.seed}:{self.module_name}")
-        U, V = self._both_factors(form, rank, weight.double())
-        return patterns.top_entries(U, V, d)
-
-    def _both_factors(self, form: Form, rank: int, W: Tensor) -> tuple[Tensor, Tensor]:
-        """U and V for choosing entries; a factor that is not held follows from W: u_j = W v_j / |W v_j|."""
-        inward = self.basis(form.inward).dense(torch.float64, rank)
-        if form.kind == "both":
-            return self.basis(form.outward).dense(torch.float64, rank), inward
-        other = nn.functional.normalize(inward @ (W.T if form.kind == "input" else W), dim=1)
-        return (other, inward) if form.kind == "input" else (inward, other)
 
     # --- what it holds ----------------------------------------------------------------------------
 
