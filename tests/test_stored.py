@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qsvft.factors import StoredBasis
 from qsvft.stored import BLOCKS, StoredMatrix, dense_rows
 
 BITS = pytest.mark.parametrize("bits", [16, 8, 4])
@@ -145,6 +146,36 @@ def test_a_copy_is_its_own_matrix_and_nothing_of_it_is_saved(bits):
 def test_the_parts_are_read_without_the_module(bits):
     held = StoredMatrix.hold(noise(9, 100), bits)
     assert torch.equal(dense_rows(held.layout, held.parts(2, 5), torch.float32), held.dense(torch.float32, 2, 5))
+
+
+@BITS
+@pytest.mark.parametrize(("rows", "columns"), [(9, 64), (5, 700), (40, 300)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_stretches_of_rows_and_of_columns_are_those_of_the_whole(monkeypatch, bits, rows, columns, dtype):
+    monkeypatch.setattr("qsvft.stored.SLICE_BYTES", 2048)
+    held = StoredMatrix.hold(noise(rows, columns), bits)
+    for along, stretches in ((0, held.layout.by_rows), (1, held.layout.by_columns)):
+        found = list(stretches(held.parts(), dtype))
+        assert torch.equal(torch.cat([part for _, part in found], dim=along), held.dense(dtype))
+        assert [where.start for where, _ in found[1:]] == [where.stop for where, _ in found[:-1]]
+        if bits != 16 and (rows, columns) == (40, 300):
+            assert len(found) > 1
+
+
+@BITS
+def test_the_maps_of_a_basis_are_the_same_in_slices(monkeypatch, bits):
+    """Coefficients slice by rows and the way back by columns, so that no product is summed in another order."""
+    basis = StoredBasis(StoredMatrix.hold(noise(40, 300), bits))
+    a, z, base = (noise(6, n, seed=n).float().requires_grad_() for n in (300, 33, 300))
+
+    def maps() -> list[Tensor]:
+        h, back = basis.to_coefficients(a, 33), basis.from_coefficients(base, z)
+        return [h, back, *torch.autograd.grad((h.sum() + back.square().sum()), (a, z, base))]
+
+    whole = maps()
+    monkeypatch.setattr("qsvft.stored.SLICE_BYTES", 2048)
+    for sliced, expected in zip(maps(), whole, strict=True):
+        torch.testing.assert_close(sliced, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_other_bits_are_refused():
