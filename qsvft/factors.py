@@ -108,5 +108,6 @@ def measured_scale(weight: Tensor, basis: Basis, side: str, rank: int) -> tuple[
         return weight.new_empty(rank, dtype=torch.float32), weight.new_empty((), dtype=torch.float32)
     W = weight.to(torch.float64)
     product = W if side == "V" else W.T
-    s = torch.linalg.vector_norm(product @ basis.dense(torch.float64, rank).T, dim=0)
+    with torch.no_grad():  # a row of the product is what the basis reads of a row of W
+        s = torch.linalg.vector_norm(basis.to_coefficients(product, rank), dim=0)
     return s.float(), (torch.linalg.matrix_norm(W) / basis.size**0.5).float()

@@ -13,8 +13,8 @@ A row depends on no other row (rows are padded with zeros to whole blocks), so t
 and more be added without touching the others. Whatever the bits, the entries *are* the bf16 numbers that
 :meth:`StoredMatrix.dense` gives: forward, backward, probe and merge all see one matrix.
 
-int8 is linear: on singular vectors that is about twice as exact as bitsandbytes' dynamic 8-bit map, which
-spends its codes on small entries (``benchmarks/factor_bits.py``).
+int8 is linear: on singular vectors that is one and a half times as exact as bitsandbytes' dynamic 8-bit map,
+which spends its codes on small entries (``benchmarks/factor_bits.py``).
 """
 
 from __future__ import annotations

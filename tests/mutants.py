@@ -187,8 +187,8 @@ MUTANTS = (
     Mutant(
         "scale of the vectors before rounding",
         "factors.py",
-        "basis.dense(torch.float64, rank).T, dim=0)",
-        "torch.linalg.qr(basis.dense(torch.float64, rank).T)[0], dim=0)",
+        "basis.to_coefficients(product, rank), dim=0)",
+        "product @ torch.linalg.qr(basis.dense(torch.float64, rank).T)[0], dim=0)",
         ("test_factors.py",),
     ),
     Mutant(

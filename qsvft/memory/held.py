@@ -25,7 +25,7 @@ KINDS = (
     *(BASE, STATE, VOCABULARY, SMALL, WEIGHTS),
     *(FACTORS, SCALES, M, WHOLE, TRAINABLE, GRADIENTS, PATTERNS, BUFFERS, OUTSIDE),
 )
-_ADAPTERS = {"qsvft_M": M, "qsvft_bases": FACTORS, "qsvft_scale": SCALES, "qsvft_norm": SCALES, "qsvft_s": SCALES}
+_ADAPTERS = {"qsvft_M": M, "qsvft_bases": FACTORS, "qsvft_scale": SCALES, "qsvft_s": SCALES}
 _RIVALS_FACTORS = ("U", "s", "V")
 _REGISTERS = ("_parameters", "_buffers", "_modules")
 
