@@ -52,8 +52,8 @@ def prepare(
 
     Works in place, one matrix at a time: quantises the linear layers (all but the output head and
     embeddings), decomposes each target's weight as held, attaches M = 0, switches gradient
-    checkpointing on (non-reentrant), lets frozen norms keep less for the backward and freezes the rest. With M = 0 the result computes exactly what
-    the quantised base computes.
+    checkpointing on (non-reentrant), lets frozen norms keep less for the backward and freezes the
+    rest. With M = 0 the result computes exactly what the quantised base computes.
 
     Args:
         model: any transformers model or ``nn.Module`` in fp32, bf16 or fp16, or one that transformers
