@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .nf4 import nf4_parameter
 from .shapes_only import empty_nf4_linear
 from .weights import HeldLinear, check_quant_state, check_weight, compute_dtype, dense_layer, dense_weight
 
@@ -70,6 +71,8 @@ def quantize(
         layer = model.get_submodule(name)
         check_weight(name, layer)
         dtypes.add(compute_dtype(layer))
+    if not targets:  # all are left to whoever quantises residuals
+        dtypes.update(compute_dtype(model.get_submodule(name)) for name in skipped)
     done: dict[int, nn.Parameter] = {}
     names = _all_names(model)
     for name in tqdm(targets, desc=f"quantising to {bits} bits", unit="matrix", disable=not progress):
@@ -173,7 +176,7 @@ def _quantized_layer(layer: Any, bits: int, done: dict[int, nn.Parameter]) -> nn
     if id(weight) not in done:  # a weight that two layers share is quantised once and stays shared
         data = weight.data.t().contiguous() if conv else weight.data
         if bits == 4:
-            quantized = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4").to(data.device)
+            quantized: Any = nf4_parameter(data)
         else:
             quantized = bnb.nn.Int8Params(data.cpu(), requires_grad=False).to(data.device)
         done[id(weight)] = quantized
@@ -194,9 +197,20 @@ def _quantized_layer(layer: Any, bits: int, done: dict[int, nn.Parameter]) -> nn
 def nf4_linear(layer: nn.Module, weight: Tensor) -> nn.Module:
     """An NF4 layer with this (m, n) weight and the bias of a dense layer; without values on meta."""
     plain = dense_layer(layer, weight)
-    new: Any = empty_nf4_linear(plain) if weight.is_meta else _quantized_layer(plain, 4, {})
-    new.support_avx512bf16_for_cpu = False  # see disable_cpu_repacking
+    return empty_nf4_linear(plain) if weight.is_meta else quantized_linear(plain, 4)
+
+
+def quantized_linear(layer: nn.Module, bits: int) -> nn.Module:
+    """A layer of 4 or 8 bits in place of a dense one, as :func:`quantize` makes it."""
+    new: Any = _quantized_layer(layer, bits, {})
+    if bits == 4:
+        new.support_avx512bf16_for_cpu = False  # see disable_cpu_repacking
     return cast(nn.Module, new)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The dense linear layers of a model."""
+    return [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
 
 
 def set_flags(model: PreTrainedModel, bits: int, dtype: torch.dtype, skipped: list[str]) -> None:

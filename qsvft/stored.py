@@ -22,9 +22,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
+
+from .nf4 import nf4_codes
 
 STORED_BITS = (16, 8, 4)
 STORED_DTYPE = torch.bfloat16
@@ -234,8 +235,7 @@ def _make_nf4(matrix: Tensor) -> dict[str, Tensor]:
     if matrix.is_meta:
         codes = torch.empty(rows, blocks[0].numel() // 2, dtype=torch.uint8, device="meta")
     else:
-        packed, _ = bnb.quantize_4bit(blocks, blocksize=BLOCKS[4], compress_statistics=False, quant_type="nf4")
-        codes = packed.view(rows, -1)
+        codes = nf4_codes(blocks.reshape(-1), BLOCKS[4])[0].view(rows, -1)
     return {"codes": codes, "maxima": maxima, "scales": scales}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .finite import all_finite
 from .shapes_only import shapes_only_active
 
 _UNIT_ROWS = 512
@@ -67,6 +68,8 @@ def check_weight(name: str, layer: nn.Module) -> None:
                 "float16. Convert the model first, for example with model.to(torch.bfloat16)."
             )
         return  # another library's packed integers, read through the layer itself
+    if all_finite(weight):
+        return
     bad = int((~torch.isfinite(weight.detach())).sum())
     if bad:
         raise ValueError(
@@ -147,7 +150,7 @@ def weight_digest(layer: nn.Module) -> bytes:
     for tensor in stored_tensors(layer):
         if tensor.is_meta:
             return b""
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.digest()
 
 
@@ -185,15 +188,16 @@ def describe_base(layer: nn.Module) -> dict[str, Any]:
             "quant_type": state.quant_type,
             "double_quant": bool(state.nested),
             "block_size": int(state.blocksize),
-            "dtype": _dtype_name(state.dtype),
+            "dtype": dtype_name(state.dtype),
         }
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return {"bits": 8, "quant_type": "int8"}
     kind = "none" if isinstance(layer, (nn.Linear, Conv1D)) else type(layer).__name__
-    return {"bits": 16, "quant_type": kind, "dtype": _dtype_name(getattr(weight, "dtype", None))}
+    return {"bits": 16, "quant_type": kind, "dtype": dtype_name(getattr(weight, "dtype", None))}
 
 
-def _dtype_name(dtype: torch.dtype | None) -> str | None:
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """ "bfloat16" of torch.bfloat16."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 

@@ -1,0 +1,88 @@
+"""A weight in NF4 with double quantisation: the same bits on any number of threads, and some times as fast.
+
+Codes and layout are bitsandbytes'. Two things differ from ``bnb.functional.quantize_4bit``. The offset that double
+quantisation takes from the blocks' absolute maxima, their mean, is summed in fp64: bitsandbytes sums it in fp32, in an
+order that depends on the number of threads, so that two machines disagree in its last bits, with it in every weight,
+and in the vectors of nearly equal singular values. And on the CPU a code is counted, how many thresholds lie below,
+where bitsandbytes searches; a stretch of the weight at a time, since the temporaries are ten times its size in bf16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from .shapes_only import BLOCK, NESTED_BLOCK
+
+_STRETCH = 2**18
+"""Elements quantised at a time: whole blocks, few enough for the caches."""
+
+
+def nf4_parameter(weight: Tensor) -> Any:
+    """A frozen ``bnb.nn.Params4bit`` of a weight.
+
+    Args:
+        weight: (m, n), finite, in fp32, bf16 or fp16, not on meta.
+    """
+    codes, absmax = nf4_codes(weight.detach().reshape(-1), BLOCK)
+    offset = absmax.double().mean().float()
+    nested, nested_state = bnb.functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    state = QuantState(
+        absmax=nested,
+        shape=weight.shape,
+        code=bnb.functional.get_4bit_type("nf4", device=weight.device),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=weight.dtype,
+        offset=offset,
+        state2=nested_state,
+    )
+    return bnb.nn.Params4bit(
+        codes,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK,
+        compress_statistics=True,
+        quant_type="nf4",
+        bnb_quantized=True,
+    )
+
+
+def nf4_codes(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' NF4 codes, and the maxima that they are fractions of.
+
+    Args:
+        values: (n,), any floating dtype.
+        block: how many share one maximum.
+
+    Returns:
+        Codes two a byte, the first in the upper four bits, (ceil(n/2), 1), and the blocks' absolute maxima in fp32.
+    """
+    codes, maxima = zip(*(_quantized(stretch, block) for stretch in values.split(_STRETCH)), strict=True)
+    return torch.cat(codes), torch.cat(maxima)
+
+
+def _quantized(stretch: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    if stretch.numel() % block or stretch.device.type != "cpu":
+        packed, state = bnb.functional.quantize_4bit(stretch, blocksize=block, quant_type="nf4")
+        return packed, state.absmax
+    blocks = stretch.float().view(-1, block)
+    absmax = blocks.abs().amax(-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).view(-1)
+    above = torch.empty(scaled.numel(), dtype=torch.bool)
+    codes = torch.zeros(scaled.numel(), dtype=torch.uint8)
+    for threshold in _thresholds():
+        codes += torch.gt(scaled, threshold, out=above).view(torch.uint8)
+    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax
+
+
+@cache
+def _thresholds() -> tuple[float, ...]:
+    """The middle between each two of the 16 numbers, in fp32."""
+    numbers = bnb.functional.get_4bit_type("nf4", device="cpu")
+    return tuple(((numbers[1:] + numbers[:-1]) / 2).tolist())
