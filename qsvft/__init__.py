@@ -13,6 +13,7 @@ from .memory import MemoryReport, Recommendation, describe, held_bytes, profile,
 from .prepare import prepare
 from .quantization import quantize
 from .tuner import QSVFTConfig, QSVFTModel
+from .use_factors import use_factors
 from .version import __version__
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "profile",
     "quantize",
     "recommend",
+    "use_factors",
 ]

@@ -9,22 +9,27 @@ the singular value. Of several weights that read the same input, V belongs to al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from .basis import Basis, add_coefficients, read_coefficients
-from .decomposition import Sides, decompose, small_side, vectors_of_gram
+from .decomposition import EXACT, Method, Sides, Weights, decompose, shared_directions, small_side, stretches
 from .stored import StoredMatrix
+
+_STRETCH = 2**24  # entries, 128 MiB in fp64; each stretch reads the whole basis
 
 
 class StoredBasis(nn.Module, Basis):
-    """Directions held as the rows of a :class:`~qsvft.stored.StoredMatrix`."""
+    """Directions held as the rows of a :class:`~qsvft.stored.StoredMatrix`.
+
+    Attributes:
+        came_from: the source that all of them were read from; None if any were computed.
+    """
 
     def __init__(self, stored: StoredMatrix) -> None:
         super().__init__()
         self.stored = stored
+        self.came_from: object = None
 
     @property
     def rank(self) -> int:
@@ -55,7 +60,7 @@ def needed_sides(sides: Sides, shape: tuple[int, int] | torch.Size) -> tuple[boo
     return small_side(shape) == "output", small_side(shape) == "input"
 
 
-def make_bases(weight: Tensor, rank: int, sides: Sides, bits: int) -> dict[str, StoredBasis]:
+def make_bases(weight: Tensor, rank: int, sides: Sides, bits: int, method: Method = EXACT) -> dict[str, StoredBasis]:
     """Decompose a weight as held, and hold the vectors that a form needs.
 
     Args:
@@ -63,6 +68,7 @@ def make_bases(weight: Tensor, rank: int, sides: Sides, bits: int) -> dict[str, 
         rank: k.
         sides: "one" or "both".
         bits: 16, 8 or 4, how the vectors are held.
+        method: how the weight is decomposed, see :func:`~qsvft.decomposition.chosen_method`.
 
     Returns:
         "U" and "V", or the one of them that the smaller side needs.
@@ -71,24 +77,21 @@ def make_bases(weight: Tensor, rank: int, sides: Sides, bits: int) -> dict[str, 
         needs = zip("UV", needed_sides(sides, weight.shape), weight.shape, strict=True)
         vectors = {side: weight.new_empty(rank, size) for side, needed, size in needs if needed}
     else:
-        parts = decompose(weight, rank, sides)
+        parts = decompose(weight, rank, sides, method)
         vectors = {side: rows for side, rows in (("U", parts.U), ("V", parts.V)) if rows is not None}
     return {side: StoredBasis(StoredMatrix.hold(rows, bits)) for side, rows in vectors.items()}
 
 
-def make_shared_basis(weights: Iterable[Tensor], rank: int, bits: int) -> StoredBasis:
+def make_shared_basis(weights: Weights, rank: int, bits: int, method: Method = EXACT) -> StoredBasis:
     """V of weights (m_i, n) stacked: the directions of the input that all of them read.
 
-    The weights are taken one at a time; only their n x n Gram matrices are added up, in fp64.
+    Args:
+        weights: gives the weights anew at each call; they are taken one at a time.
+        rank: k.
+        bits: 16, 8 or 4, how the vectors are held.
+        method: how the stacked weight is decomposed, see :func:`~qsvft.decomposition.chosen_method`.
     """
-    gram: Tensor | None = None
-    for weight in weights:
-        if weight.is_meta:
-            return StoredBasis(StoredMatrix.hold(weight.new_empty(rank, weight.shape[1]), bits))
-        W = weight.to(torch.float64)
-        gram = W.T @ W if gram is None else gram.addmm_(W.T, W)
-    assert gram is not None
-    return StoredBasis(StoredMatrix.hold(vectors_of_gram(gram, rank)[1], bits))
+    return StoredBasis(StoredMatrix.hold(shared_directions(weights, rank, method)[1], bits))
 
 
 def measured_scale(weight: Tensor, basis: Basis, side: str, rank: int) -> tuple[Tensor, Tensor]:
@@ -106,8 +109,12 @@ def measured_scale(weight: Tensor, basis: Basis, side: str, rank: int) -> tuple[
     """
     if weight.is_meta:
         return weight.new_empty(rank, dtype=torch.float32), weight.new_empty((), dtype=torch.float32)
-    W = weight.to(torch.float64)
-    product = W if side == "V" else W.T
+    # Products in fp32 are exact to 1e-6 of |W|, twice as fast, and summed in fp64; on CUDA they might be in TF32.
+    dtype = torch.float64 if weight.is_cuda or weight.dtype == torch.float64 else torch.float32
+    s, total = (torch.zeros(size, dtype=torch.float64, device=weight.device) for size in (rank, 1))
     with torch.no_grad():  # a row of the product is what the basis reads of a row of W
-        s = torch.linalg.vector_norm(basis.to_coefficients(product, rank), dim=0)
-    return s.float(), (torch.linalg.matrix_norm(W) / basis.size**0.5).float()
+        for part in stretches(weight if side == "V" else weight.T, dtype, _STRETCH):
+            read = basis.to_coefficients(part, rank)
+            s = torch.hypot(s, torch.linalg.vector_norm(read, dim=0, dtype=torch.float64))
+            total = torch.hypot(total, torch.linalg.vector_norm(part, dtype=torch.float64))
+    return s.float(), (total[0] / basis.size**0.5).float()

@@ -11,13 +11,14 @@ is that of quantisation residuals in the principal directions, as in PiSSA, arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .autocast import in_compute_dtype
+from .decomposition import EXACT, Method
 from .factors import StoredBasis, make_bases
 from .nf4_product import slice_products
 from .quantization import nf4_linear
@@ -33,12 +34,14 @@ class ResidualLinear(HeldLinear):
         residual: R, a bitsandbytes 4-bit layer that also holds the bias.
         U, V: the directions, (k, m) and (k, n) as rows.
         s: (k,) fp32.
+        method: how the directions came about.
     """
 
     qsvft_s: Tensor
 
-    def __init__(self, residual: nn.Module, U: StoredBasis, V: StoredBasis, s: Tensor) -> None:
+    def __init__(self, residual: nn.Module, U: StoredBasis, V: StoredBasis, s: Tensor, method: Method = EXACT) -> None:
         super().__init__()
+        self.method = method
         self.residual = slice_products(residual)
         self.qsvft_bases = nn.ModuleDict({"U": U, "V": V})
         self.register_buffer("qsvft_s", s, persistent=False)
@@ -101,23 +104,28 @@ class ResidualLinear(HeldLinear):
         return self
 
 
-def residual_linear(layer: nn.Module, rank: int, bits: int) -> ResidualLinear:
+def residual_linear(
+    layer: nn.Module, rank: int, bits: int, method: Method = EXACT, bases: Mapping[str, StoredBasis] | None = None
+) -> ResidualLinear:
     """Decompose a dense layer's weight, and quantise what the rounded directions leave of it.
 
     Args:
         layer: an ``nn.Linear`` or ``Conv1D``, with a dense weight (m, n).
         rank: k.
         bits: 16, 8 or 4, how the directions are held.
+        method: how the weight is decomposed, see :func:`~qsvft.decomposition.chosen_method`.
+        bases: "U" and "V", where they are known already.
 
     s_j is the weight's component along the rounded directions, u_jᵀ W v_j / (|u_j|² |v_j|²).
     """
     weight = dense_weight(layer)
     assert weight is not None
-    bases = make_bases(weight, rank, "both", bits)
+    bases = make_bases(weight, rank, "both", bits, method) if bases is None else bases
     if weight.is_meta:
-        return ResidualLinear(nf4_linear(layer, weight), bases["U"], bases["V"], weight.new_empty(rank).float())
+        s = weight.new_empty(rank).float()
+        return ResidualLinear(nf4_linear(layer, weight), bases["U"], bases["V"], s, method)
     W, U, V = weight.double(), bases["U"].dense(torch.float64), bases["V"].dense(torch.float64)
     lengths = U.square().sum(1) * V.square().sum(1)
     s = (((U @ W) * V).sum(1) / lengths).float()
     residual = W - (U.T * s.double()) @ V
-    return ResidualLinear(nf4_linear(layer, residual), bases["U"], bases["V"], s)
+    return ResidualLinear(nf4_linear(layer, residual), bases["U"], bases["V"], s, method)

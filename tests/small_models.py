@@ -83,6 +83,10 @@ def same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
     return left.keys() == right.keys() and all(
         left[key].dtype == right[key].dtype
         and left[key].shape == right[key].shape
-        and torch.equal(left[key].contiguous().view(torch.uint8), right[key].contiguous().view(torch.uint8))
+        and torch.equal(_bytes(left[key]), _bytes(right[key]))
         for key in left
     )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

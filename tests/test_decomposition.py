@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsvft.decomposition import decompose, sign_reference, small_side
+from qsvft import decomposition
+from qsvft.decomposition import (
+    EXACT,
+    Method,
+    chosen_method,
+    decompose,
+    shared_directions,
+    sign_reference,
+    small_side,
+)
+
+FLOAT32 = Method(dtype=torch.float32)
 
 SHAPES = pytest.mark.parametrize(("m", "n"), [(40, 40), (61, 40), (40, 75), (1, 9), (9, 1), (1, 1)])
 
@@ -209,9 +220,147 @@ def test_a_rank_out_of_range_is_refused_with_the_range_and_the_shape(rank, sides
         decompose(make_weight(30, 20), rank, sides)
 
 
-def test_the_weight_is_not_changed():
+@pytest.mark.parametrize("method", [EXACT, FLOAT32, Method(randomized=True)], ids=lambda method: method.name)
+def test_the_weight_is_not_changed(method):
     W = make_weight(30, 20)
     before = W.clone()
-    decompose(W, 20, "one")
-    decompose(W, 20, "both")
+    decompose(W, 20, "one", method)
+    decompose(W, 20, "both", method)
     assert torch.equal(W, before)
+
+
+# --- the other side --------------------------------------------------------------------------------
+
+
+def with_singular_values(m: int, n: int, s: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(m + n)
+    left = torch.linalg.qr(torch.randn(m, len(s), dtype=torch.float64, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(n, len(s), dtype=torch.float64, generator=generator))[0]
+    return (left * s) @ right.T
+
+
+SPECTRA = {
+    "clear": torch.linspace(3, 0.5, 30, dtype=torch.float64),
+    "to rounding": torch.logspace(0, -15, 30, dtype=torch.float64),
+    "with zeros": torch.cat([torch.linspace(3, 0.5, 20, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)]),
+    "tail in a heap": torch.cat([torch.ones(20, dtype=torch.float64), torch.full((10,), 1e-9, dtype=torch.float64)]),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("m", "n"), [(30, 30), (90, 30), (30, 41)])
+@pytest.mark.parametrize("randomized", [False, True])
+def test_both_sides_are_orthonormal_and_rebuild_the_weight_however_ill_conditioned(m, n, spectrum, randomized):
+    """Small singular values are what W v_j / s_j alone would lose."""
+    W = with_singular_values(m, n, SPECTRA[spectrum])
+    parts = decompose(W, 30, "both", Method(randomized))
+    for factor in (parts.U, parts.V):
+        assert float((factor @ factor.T - identity(30)).abs().max()) < 1e-6
+    assert bool((parts.s.diff() <= 0).all())
+    assert float(torch.linalg.matrix_norm((parts.U.T * parts.s) @ parts.V - W)) < 1e-12
+    torch.testing.assert_close(parts.s, torch.linalg.svdvals(W), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("m", "n"), [(40, 40), (61, 40), (40, 75), (90, 40)])
+def test_both_sides_are_those_of_the_svd(m, n):
+    W = make_weight(m, n)
+    parts = decompose(W, 40, "both")
+    left, s, right = (torch.from_numpy(a) for a in np.linalg.svd(W.numpy(), full_matrices=False))
+    signs = torch.sign((parts.V * right).sum(1, keepdim=True))
+    close(parts.s, s)
+    close(parts.V, right * signs)
+    close(parts.U, left.T * signs)
+
+
+# --- in stretches, and stacked ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sides", ["one", "both"])
+@pytest.mark.parametrize(("m", "n"), [(61, 40), (40, 75)])
+@pytest.mark.parametrize("randomized", [False, True])
+def test_the_length_of_a_stretch_does_not_matter(monkeypatch, m, n, sides, randomized):
+    W, whole = make_weight(m, n), None
+    for entries in (10_000, 300, 1):
+        monkeypatch.setattr(decomposition.stretches, "__defaults__", (torch.float64, entries))
+        parts = decompose(W, 12, sides, Method(randomized))
+        if whole is not None:
+            for a, b in ((parts.U, whole.U), (parts.V, whole.V), (parts.s, whole.s)):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    close(a, b)
+        whole = parts
+
+
+@pytest.mark.parametrize("rows", [(40, 40, 40), (40, 10, 10), (5, 6)])
+@pytest.mark.parametrize("randomized", [False, True])
+def test_several_weights_are_decomposed_as_the_stacked_one(rows, randomized):
+    weights = [make_weight(m, 40, seed=m + i) for i, m in enumerate(rows)]
+    rank = min(sum(rows), 40) // 2
+    s, V = shared_directions(lambda: iter(weights), rank, Method(randomized))
+    exact = torch.linalg.svd(torch.cat(weights), full_matrices=False)
+    close(s, exact[1][:rank])
+    close(V, exact[2][:rank] * torch.sign(exact[2][:rank] @ sign_reference(40)).unsqueeze(1))
+
+
+def test_weights_that_read_the_same_input_are_read_once_by_the_exact_method_and_a_few_times_by_the_other():
+    reads = []
+
+    def weights():
+        reads.append(1)
+        return (make_weight(20, 500), make_weight(20, 500, seed=1))
+
+    counts = []
+    for method in (EXACT, Method(randomized=True)):
+        shared_directions(weights, 2, method)
+        counts.append(len(reads))
+        reads.clear()
+    assert counts[0] <= 2 < counts[1] <= 10
+
+
+def test_on_meta_only_shapes_are_made():
+    weights = [torch.empty(m, 8, device="meta") for m in (3, 4)]
+    s, V = shared_directions(lambda: weights, 5)
+    assert (s.shape, V.shape, V.device.type) == ((5,), (5, 8), "meta")
+
+
+# --- in fp32 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("randomized", [False, True])
+@pytest.mark.parametrize("sides", ["one", "both"])
+@pytest.mark.parametrize(("m", "n"), [(40, 40), (61, 40), (40, 75), (90, 40)])
+def test_in_fp32_the_vectors_are_fp32_and_those_of_fp64_to_its_rounding(m, n, sides, randomized):
+    W = make_weight(m, n)
+    parts, exact = decompose(W, 20, sides, Method(randomized, torch.float32)), decompose(W, 20, sides)
+    for found, expected in ((parts.U, exact.U), (parts.V, exact.V), (parts.s, exact.s)):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    for factor in (parts.U, parts.V):
+        if factor is not None:
+            assert float((factor @ factor.T - torch.eye(20)).abs().max()) < 1e-5
+
+
+# --- which method ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "rank", "randomized"),
+    [(1024, 128, True), (1024, 129, False), (1023, 16, False), (4096, 512, True), (4096, 4096, False), (64, 1, False)],
+)
+def test_auto_is_randomized_for_a_small_rank_of_a_large_matrix(limit, rank, randomized):
+    assert chosen_method(limit, rank, "auto") == Method(randomized)
+    assert chosen_method(limit, rank, "float32") == Method(randomized, torch.float32)
+    assert chosen_method(limit, rank, "exact") == EXACT
+    assert chosen_method(limit, rank, "randomized") == Method(True)
+
+
+def test_each_method_has_a_name_of_its_own():
+    methods = [Method(randomized, dtype) for randomized in (False, True) for dtype in (torch.float64, torch.float32)]
+    assert {method.name for method in methods} == {"exact", "randomized", "float32", "float32, randomized"}
+
+
+def test_an_unknown_decomposition_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"expected one of 'auto', 'exact', 'randomized', 'float32', got 'svd'"):
+        chosen_method(64, 8, "svd")

@@ -58,7 +58,7 @@ def random_factors() -> Iterator[None]:
     """
     with (
         patch.object(factors, "decompose", _random_decomposition),
-        patch.object(factors, "vectors_of_gram", _random_shared_vectors),
+        patch.object(factors, "shared_directions", _random_shared_directions),
         patch.object(adapted, "measured_scale", _no_scale),
         patch.object(adapted, "weight_digest", lambda _: bytes(32)),
         patch.object(adapted.QSVFTLinear, "compute_probe", _no_probe),
@@ -72,7 +72,7 @@ def _random(like: Tensor, *shape: int) -> Tensor:
     return torch.randn(shape, device=like.device, dtype=torch.bfloat16).mul_(shape[-1] ** -0.5)
 
 
-def _random_decomposition(weight: Tensor, rank: int, sides: Any) -> Decomposition:
+def _random_decomposition(weight: Tensor, rank: int, sides: Any, method: Any) -> Decomposition:
     m, n = weight.shape
     needs_u, needs_v = factors.needed_sides(sides, weight.shape)
     U = _random(weight, rank, m) if needs_u else None
@@ -80,8 +80,9 @@ def _random_decomposition(weight: Tensor, rank: int, sides: Any) -> Decompositio
     return Decomposition(U, torch.ones(rank, device=weight.device), V)
 
 
-def _random_shared_vectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    return torch.ones(rank, device=gram.device), _random(gram, rank, gram.shape[0])
+def _random_shared_directions(weights: Any, rank: int, method: Any) -> tuple[Tensor, Tensor]:
+    first = next(iter(weights()))
+    return torch.ones(rank, device=first.device), _random(first, rank, first.shape[1])
 
 
 def _no_scale(weight: Tensor, basis: Any, side: str, rank: int) -> tuple[Tensor, Tensor]:

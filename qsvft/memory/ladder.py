@@ -37,7 +37,7 @@ _SWITCHES = ("gradient_checkpointing", "offload", "chunked_loss")
 # What a method's text for the profiler can say; only counted are target_modules and the like.
 _WRITTEN = (
     *("rank", "factor_bits", "share_inputs", "quantize_embeddings", "offload", "pattern", "off_diagonals", "sides"),
-    *("tail_damping", "seed", "basis", "residual", "chunked_loss"),
+    *("tail_damping", "seed", "basis", "decomposition", "residual", "chunked_loss"),
 )
 _ADAPTER = (
     *(name for name in _WRITTEN if name in QSVFTConfig.__dataclass_fields__),

@@ -52,7 +52,10 @@ DEFAULT_METHODS = ("floor", "lora", "qlora", "qlora-kbit", "svft", "svft-authors
 
 _INTEGERS = ("rank", "off_diagonals", "seed", "bits", "factor_bits", "quantize_embeddings")
 _SWITCHES = ("chunked_loss", "share_inputs", "residual", "offload_checkpoints")
-_ADAPTER = ("rank", "pattern", "off_diagonals", "sides", "tail_damping", "seed", "factor_bits", "share_inputs", "basis")
+_ADAPTER = (
+    *("rank", "pattern", "off_diagonals", "sides", "tail_damping", "seed", "factor_bits", "share_inputs", "basis"),
+    "decomposition",
+)
 _QSVFT_OPTIONS = (*_ADAPTER, "residual", "bits", "quantize_embeddings", "offload_checkpoints", "chunked_loss")
 _RANKED = {"lora": 16, "qlora": 16, "qlora-kbit": 16, "dora": 16, "vera": 256, "boft": 4}
 

@@ -7,15 +7,17 @@ For each adapted layer, in adapter_model.safetensors:
     <layer>.qsvft_base     (32,) uint8        SHA-256 of the base weight as stored
     <layer>.qsvft_entries  (entries,) int64   top_k only: positions i * k + j
     <layer>.qsvft_scale    (k,) fp32          Hadamard basis only: 1/s, which makes it independent of the base
-    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, the scale if any, and the pattern
+    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, scale and factors if any, and the pattern
 
-The random pattern is drawn again from its seed; the digest shows that it came out the same. No
-factor is saved. Everything read here is treated as hostile until it is checked.
+The random pattern is drawn again from its seed; the digest shows that it came out the same. Factors are saved
+only with a self-contained adapter (self_contained.py). Everything read here is treated as hostile until it is
+checked.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,14 +26,35 @@ from torch import Tensor
 from ..patterns import IndexPattern
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
-from .probe import TOLERANCE, content_digest
+from .probe import OTHER_FACTORS, TOLERANCE, content_digest
+from .self_contained import FactorDigests, split_factors, stored_factors
 
 _RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_scale", "qsvft_digest")
 _PREFIX = "base_model.model."
 
 
-def add_records(selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adapter: str) -> None:
-    """Add the records of one layer to what is saved, under keys that still carry the adapter's name."""
+def add_records(
+    selected: dict[str, Tensor], layers: Sequence[tuple[str, QSVFTLinear]], adapter: str, include_factors: bool
+) -> None:
+    """Add the records of an adapter's layers, and its factors if asked for, to what is saved.
+
+    Args:
+        selected: M and probe of the layers; keys still carry the adapter's name, but for those of factors.
+        layers: with their names in the state dict.
+        adapter: its name.
+        include_factors: whether it is to be self-contained.
+    """
+    factors = stored_factors((layer for _, layer in layers), adapter) if include_factors else {}
+    digests = FactorDigests(split_factors(factors)[0], complete=include_factors)
+    for name, layer in layers:
+        _add_records(selected, name, layer, adapter, digests)
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name, _ in layers) else ""
+    selected |= {f"{prefix}{key}": tensor for key, tensor in factors.items()}
+
+
+def _add_records(
+    selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adapter: str, digests: FactorDigests
+) -> None:
     pattern = layer.pattern(adapter)
     key = f"{name}.qsvft_M.{adapter}"
     selected[key] = selected[key].to(torch.float32)
@@ -39,12 +62,13 @@ def add_records(selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adap
     selected[f"{name}.qsvft_base.{adapter}"] = base
     if isinstance(pattern, IndexPattern) and layer.settings[adapter].pattern == "top_k":
         selected[f"{name}.qsvft_entries.{adapter}"] = pattern.flat().cpu()
-    contents = [selected[key], selected[f"{name}.qsvft_probe.{adapter}"], base]
+    contents: list[Tensor | str] = [selected[key], selected[f"{name}.qsvft_probe.{adapter}"], base]
     if layer.forms[adapter].seeded:
         scale = layer.qsvft_scale[adapter].cpu().clone()
         selected[f"{name}.qsvft_scale.{adapter}"] = scale
         contents.append(scale)
-    selected[f"{name}.qsvft_digest.{adapter}"] = content_digest(*contents, pattern.digest())
+    contents += [pattern.digest(), digests.of_layer(layer, adapter)]
+    selected[f"{name}.qsvft_digest.{adapter}"] = content_digest(*contents)
 
 
 class AdapterReader:
@@ -58,8 +82,11 @@ class AdapterReader:
 
     def __init__(self, state_dict: dict[str, Tensor], config: QSVFTConfig, here: dict[str, Any]) -> None:
         self.config, self.here = config, here
-        self.records = {k: v for k, v in state_dict.items() if k.rsplit(".", 1)[-1] in _RECORDS}
-        self.parameters = {k: v for k, v in state_dict.items() if k not in self.records}
+        self._layers: dict[str, QSVFTLinear] = {}
+        factors, others = split_factors(state_dict)
+        self.digests = FactorDigests(factors, complete=config.include_factors)
+        self.records = {k: v for k, v in others.items() if k.rsplit(".", 1)[-1] in _RECORDS}
+        self.parameters = {k: v for k, v in others.items() if k not in self.records}
 
     def check(self, layers: list[tuple[str, QSVFTLinear]], adapter: str) -> None:
         """Check every layer, then load patterns; raise ValueError at the first that does not fit."""
@@ -71,6 +98,7 @@ class AdapterReader:
                     f"{owner.removeprefix(_PREFIX)}: the adapter has an M for this layer, but the model has no such "
                     f"adapted layer (it has {len(bare)}). It was made for another model, or with other target_modules."
                 )
+        self._layers = bare
         for name, layer in bare.items():
             self._check_layer(name, layer, adapter)
 
@@ -96,11 +124,11 @@ class AdapterReader:
             )
         if layer.settings[adapter].pattern == "top_k":
             self._load_entries(name, layer, adapter, self._find(name, "qsvft_entries"))
-        contents = [M, probe, base]
+        contents: list[Tensor | str] = [M, probe, base]
         if layer.forms[adapter].seeded:
             contents.append(self._load_scale(name, layer, adapter))
-        pattern = layer.pattern(adapter)
-        if not torch.equal(content_digest(*contents, pattern.digest()), digest.cpu()):
+        contents += [layer.pattern(adapter).digest(), self.digests.of_layer(layer, adapter)]
+        if not torch.equal(content_digest(*contents), digest.cpu()):
             raise ValueError(
                 f"{name}: the adapter's contents do not match their digest: the file was changed or damaged after it "
                 f"was saved, or its pattern ('{self.config.pattern}', seed {self.config.seed}) does not come out the "
@@ -139,12 +167,23 @@ class AdapterReader:
         layer._set_probe(adapter, layer.original_weight())
         return scale
 
+    def _sharing(self, layer: QSVFTLinear, adapter: str) -> list[str]:
+        """The layers that share this one's basis."""
+        key, basis = layer.forms[adapter].inward, layer.basis(layer.forms[adapter].inward)
+        return [name for name, other in self._layers.items() if other.held_bases().get(key) is basis]
+
+    def _is_changed(self, name: str) -> bool:
+        """Whether a layer's weight is another than the adapter was saved with."""
+        return bytes(self._find(name, "qsvft_base").cpu().tolist()) != self._layers[name].base_digest
+
     def _mismatch(self, name: str, layer: QSVFTLinear, adapter: str, base: bytes, difference: float) -> str:
-        group = layer.forms[adapter].group
         if base != layer.base_digest:
             cause = "the weight is another one"
-        elif group is not None:
+        elif any(self._is_changed(other) for other in self._sharing(layer, adapter)):
+            group = layer.forms[adapter].group
             cause = f"the weight is the same, but not all of those that it shares V with are ({group})"
+        elif layer.came_from[adapter] is not None:
+            cause = "the weight is the same, but the factors given for it are others"
         else:
             cause = "the weight is the same, but its singular vectors came out differently here"
         there = (self.config.base or {}).get("weights")
@@ -153,5 +192,5 @@ class AdapterReader:
             f"{name}: this adapter does not fit the base model: its probe differs by {found:.3g} (expected at most "
             f"{TOLERANCE}); {cause}. The adapter was made on {there}, the model holds {self.here['weights']}. "
             "Load it on the same checkpoint with the same bits and quantisation settings, for example "
-            "PeftModel.from_pretrained(qsvft.quantize(model, bits=4), adapter)."
+            f"PeftModel.from_pretrained(qsvft.quantize(model, bits=4), adapter). {OTHER_FACTORS}"
         )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import patterns
 from ..basis import Basis
+from ..decomposition import chosen_method
+from ..factors import StoredBasis
 from ..residual import ResidualLinear, residual_linear
 from .config import QSVFTConfig
 from .form import Form
+from .targets import shape_of
 
 
 def choose_pattern(
@@ -49,7 +52,12 @@ def _both_factors(form: Form, rank: int, W: Tensor, basis: Callable[[str], Basis
 
 
 def residual_base(
-    base: nn.Module, rank: int, config: QSVFTConfig, module_name: str, adapters: Sequence[str]
+    base: nn.Module,
+    rank: int,
+    config: QSVFTConfig,
+    module_name: str,
+    adapters: Sequence[str],
+    bases: Mapping[str, StoredBasis] | None = None,
 ) -> ResidualLinear:
     """A residual base for a dense one; one that is there already, if it is the one asked for.
 
@@ -59,11 +67,13 @@ def residual_base(
         config: the adapter's config.
         module_name: the layer's name, for messages.
         adapters: the adapters that the layer carries already.
+        bases: "U" and "V", where the adapter brings them along.
 
     Raises:
-        ValueError: the residual base is of another rank or other bits; a dense base carries adapters.
+        ValueError: the residual base is of another rank, of other bits or decomposed otherwise; a dense base carries
+            adapters.
     """
-    bits = config.factor_bits
+    bits, method = config.factor_bits, chosen_method(min(shape_of(base, module_name)), rank, str(config.decomposition))
     if isinstance(base, ResidualLinear):
         held = base.basis("U")
         if (held.rank, held.stored.bits) != (rank, bits):
@@ -72,10 +82,15 @@ def residual_base(
                 f"adapter asks for rank {rank} and factor_bits={bits}; expected the same. Load the model again for "
                 "another residual base."
             )
+        if base.method != method:
+            raise ValueError(
+                f"{module_name}: its residual base was made with decomposition={base.method.name!r}, the new adapter "
+                f"asks for {method.name!r}; expected the same. Load the model again for another residual base."
+            )
         return base
     if adapters:
         raise ValueError(
             f"{module_name}: residual=True changes the base, which carries the adapters {adapters} already; expected a "
             "base without any. Add the adapter with residual=True first."
         )
-    return residual_linear(base, rank, bits)
+    return residual_linear(base, rank, bits, method, bases)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from ..decomposition import DECOMPOSITIONS
+from ..factor_files import FactorFiles
 from ..patterns import PATTERNS
 from ..stored import STORED_BITS
+from .files import check_adapter_directory, weights_file
 from .registration import QSVFT
 
 SIDES = ("one", "both")
 BASES = ("singular", "hadamard")
+FACTOR_FIELDS = (
+    *("target_modules", "exclude_modules", "modules_to_save", "rank", "rank_pattern", "sides", "factor_bits"),
+    *("share_inputs", "basis", "seed", "residual", "decomposition"),
+)
+"""The fields of a config on which weights and factors depend; the others are M's alone."""
 
 
 def _refuse(name: str, found: object, allowed: str) -> NoReturn:
@@ -54,8 +63,17 @@ class QSVFTConfig(PeftConfig):
             sibling names, [["q_proj", "k_proj"]], says which. One-sided form only, where it is the default.
         basis: "singular" (singular vectors) or "hadamard" (seeded random signs and a Walsh-Hadamard transform:
             nothing stored, nothing decomposed; one-sided form only).
+        decomposition: how U and V are computed: "exact" (fp64 singular vectors), "randomized" (fp64, directions that
+            hold nearly the most energy that ``rank`` directions can, for a fraction of the time where the rank is
+            small), "auto" (randomized where a weight has at least 1024 directions and the rank is at most an eighth of
+            them, else exact) or "float32" (as auto in fp32; not reproducible, so that the adapter fits only the
+            prepared model that it was trained on). None is "auto", and "exact" for an adapter saved before there was
+            a choice. The Hadamard basis ignores it.
         residual: the base is NF4(W - U S Vᵀ) with U S Vᵀ added back, so that the factors make the base more
             exact; ``sides="both"`` only, on a dense base.
+        include_factors: save U, V and their scales with the adapter (several gigabytes for a 7B model), so that
+            loading it decomposes nothing and does not depend on how the factors come out elsewhere. PEFT reads the
+            whole file to the GPU for a moment; torch_device="cpu" in ``from_pretrained`` avoids that.
         base: how the base weights were held when the adapter was made (bits, quantisation, library
             versions); filled in by the library and compared on loading.
 
@@ -89,9 +107,13 @@ class QSVFTConfig(PeftConfig):
         metadata={"help": "One V for layers that read the same input: True, False or lists of names."},
     )
     basis: str = field(default="singular", metadata={"help": f"One of {', '.join(BASES)}."})
+    decomposition: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(DECOMPOSITIONS)}; None for auto."}
+    )
     residual: bool = field(
         default=False, metadata={"help": "Quantise W - U S V^T and add U S V^T back; needs sides='both'."}
     )
+    include_factors: bool = field(default=False, metadata={"help": "Save the factors with the adapter."})
     base: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the base was held; filled in by the library."}
     )
@@ -99,6 +121,7 @@ class QSVFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = QSVFT
+        self._read_from: tuple[str, str | None, dict[str, Any]] | None = None  # no field: not part of the config
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -133,9 +156,14 @@ class QSVFTConfig(PeftConfig):
             _refuse("factor_bits", self.factor_bits, "16 (bf16), 8 (int8) or 4 (NF4)")
         if self.basis not in BASES:
             _refuse("basis", self.basis, f"one of {', '.join(map(repr, BASES))}")
+        if self.decomposition is None:
+            self.decomposition = "auto" if self.base is None else "exact"
+        if self.decomposition not in DECOMPOSITIONS:
+            _refuse("decomposition", self.decomposition, f"one of {', '.join(map(repr, DECOMPOSITIONS))}")
         self._validate_sharing()
-        if not isinstance(self.residual, bool):
-            _refuse("residual", self.residual, "True or False")
+        for name in ("residual", "include_factors"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, getattr(self, name), "True or False")
         self._validate_together()
 
     def _validate_sharing(self) -> None:
@@ -163,6 +191,29 @@ class QSVFTConfig(PeftConfig):
         elif self.residual:
             _refuse("residual", True, "sides='both' with residual=True (it adds U S V^T back); sides is 'one'")
 
+    def read_from(self, name: str, subfolder: str | None, options: Mapping[str, Any]) -> None:
+        """Remember where the adapter is that this config is of; see :func:`~qsvft.tuner.files.weights_file`."""
+        self._read_from = (name, subfolder, dict(options))
+
+    def own_factors(self) -> FactorFiles | None:
+        """The factors in the adapter's file, None if it is no self-contained one.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        if not self.include_factors or self._read_from is None or self.basis == "hadamard":
+            return None
+        path = weights_file(*self._read_from)
+        if path is None:
+            return None
+        self._read_from = (os.path.dirname(path), None, {})  # without what only the download needed, such as a token
+        return FactorFiles.from_file(path) or None
+
+    def factor_options(self) -> dict[str, Any]:
+        """The fields that weights and factors of a prepared directory depend on, as JSON has them."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in FACTOR_FIELDS}
+        return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` atomically: a crash leaves the old file whole."""
         final = os.path.join(save_directory, CONFIG_NAME)
@@ -182,8 +233,6 @@ class QSVFTConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> QSVFTConfig:
         """Read a config; refuse a local adapter whose weight file is damaged before anything is built."""
-        from .files import check_adapter_directory
-
         folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
         check_adapter_directory(folder)
         try:

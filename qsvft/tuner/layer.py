@@ -30,18 +30,21 @@ from torch import Tensor, nn
 from .. import patterns
 from ..autocast import in_compute_dtype
 from ..basis import Basis
-from ..factors import StoredBasis, make_bases, measured_scale
+from ..factor_files import FactorSource
+from ..factors import measured_scale
+from ..finite import all_finite
 from ..functional import bounded_inverse, coefficients_of, input_side_update, output_side_update, two_sided_update
-from ..hadamard import HadamardBasis
 from ..nf4_product import slice_products
 from ..residual import ResidualLinear
 from ..weights import check_weight, dense_layer, dense_weight, product_without_bias, read_through, weight_digest
 from .attach import choose_pattern, residual_base
+from .bases import hold_bases
 from .config import QSVFTConfig
-from .form import Form, form_of
+from .form import Form, form_of, plain_key
 from .parameter import Float32Parameter
-from .probe import SIZE, TOLERANCE, fixed_noise, relative_difference, sketch
+from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_difference, sketch, times_transpose
 from .shared import InputGroup
+from .sources import NOWHERE, Sources
 from .targets import rank_of, shape_of
 
 
@@ -56,7 +59,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("qsvft_M",)
-    other_param_names = ("qsvft_pattern", "qsvft_probe", "qsvft_scale", "settings", "forms")
+    other_param_names = ("qsvft_pattern", "qsvft_probe", "qsvft_scale", "settings", "forms", "came_from")
 
     base_layer: nn.Module
     # BaseTunerLayer's, for the type checker.
@@ -71,6 +74,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         config: QSVFTConfig,
         module_name: str,
         group: InputGroup | None = None,
+        sources: Sources = NOWHERE,
     ) -> None:
         super().__init__()
         self.base_layer = slice_products(base_layer)
@@ -78,6 +82,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = shape_of(base_layer, module_name)
         self.settings: dict[str, QSVFTConfig] = {}
         self.forms: dict[str, Form] = {}
+        self.came_from: dict[str, FactorSource | None] = {}
         self.qsvft_M = nn.ParameterDict()
         self.qsvft_pattern = nn.ModuleDict()
         self.qsvft_probe = BufferDict({}, persistent=True)
@@ -90,30 +95,34 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         self._expected_probe: dict[str, Tensor] = {}
         self._verified: set[str] = set()
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, group)
+        self.update_layer(adapter_name, config, group, sources)
 
     # --- attaching an adapter ---------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: QSVFTConfig, group: InputGroup | None = None) -> None:
-        """Add an adapter: decompose if needed, choose the pattern, put M at zero."""
+    def update_layer(
+        self, adapter_name: str, config: QSVFTConfig, group: InputGroup | None = None, sources: Sources = NOWHERE
+    ) -> None:
+        """Add an adapter: decompose what is not held or stored, choose the pattern, put M at zero."""
         check_weight(self.module_name, self.original_base())
         shape = (self.out_features, self.in_features)
         rank = rank_of(config, self.module_name, shape, group)
+        form = form_of(config, shape, rank, *((group.name, group.limit) if group is not None else ()))
         if config.residual:
-            base = residual_base(self.original_base(), rank, config, self.module_name, sorted(self.settings))
-            self.base_layer = self.base_layer if self._unmerged else base
+            base, bits = self.original_base(), config.factor_bits
+            own = sources.own_bases(self.module_name, form.sizes(shape), rank, bits, next(base.parameters()).device)
+            made = residual_base(base, rank, config, self.module_name, sorted(self.settings), own)
+            self.base_layer = self.base_layer if self._unmerged else made
         weight = self.original_weight()
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        if not weight.is_meta and not all_finite(weight):
             raise ValueError(
                 f"{self.module_name}: its weight holds NaN or Inf; expected finite numbers. The checkpoint "
                 "is damaged or overflowed; load it again."
             )
-        form = form_of(config, shape, rank, group.name if group is not None else None)
-        self._ensure_bases(form, weight, rank, config, group)
-        self.settings[adapter_name], self.forms[adapter_name] = config, form
+        self.base_digest = self.base_digest or weight_digest(self.original_base())
+        form, source = hold_bases(self, form, weight, rank, config, group, sources)
+        self.settings[adapter_name], self.forms[adapter_name], self.came_from[adapter_name] = config, form, source
         if form.kind != "both":
-            s, rms = measured_scale(weight, self.basis(form.inward), form.inward[0], rank)
-            self.qsvft_scale[adapter_name] = bounded_inverse(s, rms, config.tail_damping)
+            self.qsvft_scale[adapter_name] = self._scale(form, weight, rank, config, source)
         pattern = choose_pattern(config, form, rank, weight, self.basis, self.module_name)
         self.qsvft_pattern[adapter_name] = pattern.to(weight.device)
         values = torch.zeros(self.pattern(adapter_name).count, device=weight.device)
@@ -121,36 +130,14 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         self._set_probe(adapter_name, weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _ensure_bases(
-        self, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None
-    ) -> None:
-        """Hold at least ``rank`` directions of the bases that a form needs; directions held stay as they are."""
-        missing = [key for key in form.keys if key not in self.qsvft_bases or self.basis(key).rank < rank]
-        if not missing:
-            return
-        self.base_digest = weight_digest(self.original_base())
-        new = self._new_bases(form, weight, rank, config, group)
-        for key in missing:
-            held = self.basis(key) if key in self.qsvft_bases else None
-            if isinstance(held, StoredBasis) and isinstance(new[key], StoredBasis) and held is not new[key]:
-                held.extend(new[key])
-            else:
-                self.qsvft_bases[key] = new[key]
-
-    def _new_bases(
-        self, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None
-    ) -> dict[str, Any]:
-        if config.residual:
-            base = self.original_base()
-            assert isinstance(base, ResidualLinear)
-            return {form.inward: base.basis("V"), form.outward: base.basis("U")}
-        if group is not None:
-            return {form.inward: group.basis(form.inward, rank, config, weight.device)}
-        if config.basis == "hadamard":
-            size = self.in_features if form.kind == "input" else self.out_features
-            return {form.inward: HadamardBasis(size, rank, config.seed, weight.device)}
-        made = make_bases(weight, rank, "both" if form.kind == "both" else "one", config.factor_bits)
-        return {key: made[key[0]] for key in form.keys}
+    def _scale(self, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, source: FactorSource | None) -> Tensor:
+        """1/s of a one-sided form, (rank,) fp32, as it is stored or else as it is measured."""
+        if source is not None:
+            stored = source.scale(self.module_name, plain_key(form.inward), rank, config.tail_damping, weight.device)
+            if stored is not None:
+                return stored
+        s, rms = measured_scale(weight, self.basis(form.inward), form.inward[0], rank)
+        return bounded_inverse(s, rms, config.tail_damping)
 
     # --- what it holds ----------------------------------------------------------------------------
 
@@ -165,6 +152,10 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         basis = self.qsvft_bases[key]
         assert isinstance(basis, Basis)
         return basis
+
+    def held_bases(self) -> dict[str, Basis]:
+        """Every basis that this layer holds, by its key."""
+        return {key: self.basis(key) for key in self.qsvft_bases}
 
     @property
     def device(self) -> torch.device:
@@ -296,15 +287,15 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
             a = fixed_noise(self.basis(self.forms[adapter].inward).size, 1, weight.device).float().unsqueeze(0)
             return sketch(self._apply_form(adapter, torch.zeros_like(a), a, values))
         x = fixed_noise(self.in_features, 1, weight.device).float().unsqueeze(0)
-        return sketch(self._apply_delta(adapter, x, values, weight.float()))
+        return sketch(self._apply_delta(adapter, x, values, weight))
 
     def _apply_delta(self, adapter: str, x: Tensor, values: Tensor, W: Tensor) -> Tensor:
         """dW x in fp32 for rows x (t, n), with the factors as held."""
         form = self.forms[adapter]
         if form.kind == "input":
-            return self._apply_form(adapter, torch.zeros_like(x), x, values) @ W.T
+            return times_transpose(self._apply_form(adapter, torch.zeros_like(x), x, values), W)
         if form.kind == "output":
-            wx = x @ W.T
+            wx = times_transpose(x, W)
             return self._apply_form(adapter, torch.zeros_like(wx), wx, values)
         return self._apply_form(adapter, x.new_zeros(x.shape[0], self.out_features), x, values)
 
@@ -325,7 +316,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
                 raise ValueError(
                     f"{self.module_name}: adapter '{adapter}' does not fit this base model: its probe differs by "
                     f"{difference:.3g} (expected at most {TOLERANCE}). Load it on the base it was trained on, with "
-                    "the same bits and quantisation settings."
+                    f"the same bits and quantisation settings. {OTHER_FACTORS}"
                 )
         self._verified.add(adapter)
 

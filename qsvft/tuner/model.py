@@ -14,6 +14,7 @@ from transformers.utils.logging import tqdm
 
 from ..activations import plain_norms
 from ..chunked_loss import disable_chunked_loss
+from ..factor_names import parse_name
 from ..offload import stop_offloading
 from ..quantization import dequantize, disable_cpu_repacking
 from ..version import __version__
@@ -23,6 +24,7 @@ from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .shared import InputGroup
+from .sources import NOWHERE, Sources
 from .targets import all_linear, check_targets, groups_of
 
 _SHOW_PROGRESS: ContextVar[bool] = ContextVar("qsvft_show_progress", default=True)
@@ -50,6 +52,7 @@ class QSVFTModel(BaseTuner):
 
     _progress: Any = None
     _groups: dict[str, InputGroup] | None = None
+    _sources: Sources = NOWHERE
 
     # --- attaching --------------------------------------------------------------------------------
 
@@ -69,7 +72,7 @@ class QSVFTModel(BaseTuner):
             yield
         finally:
             self._progress.close()
-            self._progress, self._groups = None, None
+            self._progress, self._groups, self._sources = None, None, NOWHERE
 
     def _prepare_model(self, peft_config: QSVFTConfig, model: nn.Module) -> None:
         """Check what is asked for before anything is changed."""
@@ -78,6 +81,7 @@ class QSVFTModel(BaseTuner):
         if peft_config.target_modules == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
         self._groups = groups_of(model, peft_config, names)
+        self._sources = Sources(peft_config.own_factors(), getattr(model, "qsvft_factors", None))
         if self._progress is not None:
             self._progress.total = len(names)
 
@@ -93,19 +97,22 @@ class QSVFTModel(BaseTuner):
     ) -> None:
         group = (self._groups or {}).get(current_key)
         if isinstance(target, QSVFTLinear):
-            target.update_layer(adapter_name, peft_config, group)
+            layer = target
+            layer.update_layer(adapter_name, peft_config, group, self._sources)
         elif isinstance(target, BaseTunerLayer):
             raise TypeError(
                 f"{current_key}: already adapted by {type(target).__name__}; expected a plain layer. Merge or unload "
                 "the other adapter first."
             )
         else:
-            layer = QSVFTLinear(target, adapter_name, peft_config, current_key, group)
+            layer = QSVFTLinear(target, adapter_name, peft_config, current_key, group, self._sources)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-        if self._progress is not None:
+        if self._progress is not None and layer.came_from[adapter_name] is None:
             self._progress.update()
+        elif self._progress is not None:
+            self._progress.total -= 1  # nothing was decomposed
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's would move ``weight`` over, which a base layer of our own does not have as a matrix."""
@@ -132,12 +139,16 @@ class QSVFTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """M and the probe, with the digests and (for top_k) the entries that loading checks."""
+        """M and the probe, with what loading checks, and the factors of a self-contained adapter."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         config.base = describe_model(model)
-        for name, layer in named_layers(model, adapter_name):
-            add_records(selected, name, layer, adapter_name)
+        add_records(selected, named_layers(model, adapter_name), adapter_name, config.include_factors)
         return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The names of factors carry no adapter's name."""
+        return key if parse_name(key) is not None else super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

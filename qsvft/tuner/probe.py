@@ -12,19 +12,34 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 TOLERANCE = 1e-2
 SIZE = 8
+OTHER_FACTORS = (
+    "If it was trained with factors computed elsewhere, give it those: load the base from the prepared directory "
+    "(qsvft.from_pretrained(DIR) or AutoModelForCausalLM.from_pretrained(DIR)), or call qsvft.use_factors(model, DIR) "
+    "before (--factors DIR on the command line), or save the adapter where it was trained with "
+    "save_pretrained(..., include_factors=True)."
+)
+"""What to do where the weight is right and the singular vectors are not."""
 
+
+_ROWS_AT_ONCE = 1024
 _GOLDEN_RATIO = 0.6180339887498949
 
 
 def fixed_noise(size: int, salt: int, device: torch.device | None = None) -> Tensor:
     """A reproducible sequence in [-1, 1], the same on every machine: cos of a quadratic phase."""
-    index = torch.arange(1, size + 1, dtype=torch.float64, device=device)
+    return _noise(size, salt).to(device)
+
+
+@lru_cache(maxsize=64)  # a model's layers have few sizes
+def _noise(size: int, salt: int) -> Tensor:
+    index = torch.arange(1, size + 1, dtype=torch.float64)
     phase = torch.frac(index * torch.frac(index * _GOLDEN_RATIO) + salt * math.sqrt(2) * index)
     return torch.cos(2 * math.pi * phase)
 
@@ -34,6 +49,17 @@ def sketch(vector: Tensor) -> Tensor:
     flat = vector.detach().double().flatten()
     rows = [fixed_noise(flat.numel(), salt, flat.device) @ flat for salt in range(10, 10 + SIZE)]
     return torch.stack(rows).float()
+
+
+def times_transpose(x: Tensor, W: Tensor) -> Tensor:
+    """x Wᵀ in fp32 for x (t, n) and W (m, n), without a whole fp32 copy of W."""
+    return torch.cat([x @ part.to(x.dtype).T for part in W.split(_ROWS_AT_ONCE)], dim=1)
+
+
+def weight_sketch(weight: Tensor) -> Tensor:
+    """Eight numbers in fp32 that depend on all of a weight (m, n)."""
+    x = fixed_noise(weight.shape[1], 1, weight.device).float().unsqueeze(0)
+    return sketch(times_transpose(x, weight))
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
@@ -53,5 +79,5 @@ def content_digest(*parts: Tensor | str) -> Tensor:
         if isinstance(part, str):
             sha.update(part.encode())
         else:
-            sha.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            sha.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)

@@ -4,12 +4,22 @@ PEFT has no plug-in hook: its method names are members of the enum ``PeftType``.
 made here (a plain string would break transformers' ``load_adapter``, which asks the member for its
 ``value``), then PEFT's own ``register_peft_method`` does the rest. Without ``import qsvft`` in the
 process, ``PeftModel.from_pretrained`` on such an adapter ends in ``KeyError: 'QSVFT'``.
+
+Two of PEFT's functions are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
+``include_factors=`` (and would pass over it), and a config remembers where it was read, because PEFT hands an
+adapter's config on without saying so.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import peft
-from peft import PeftType
+from peft import PeftModel, PeftType
+from peft.config import PeftConfigMixin
 from peft.utils import register_peft_method
 
 NAME = "qsvft"
@@ -37,5 +47,60 @@ def register() -> None:
     from .config import QSVFTConfig
     from .model import QSVFTModel
 
-    if QSVFT not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=NAME, config_cls=QSVFTConfig, model_cls=QSVFTModel)
+    if QSVFT in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
+        return
+    register_peft_method(name=NAME, config_cls=QSVFTConfig, model_cls=QSVFTModel)
+    PeftModel.save_pretrained = _with_factors(PeftModel.save_pretrained)
+    PeftConfigMixin.from_pretrained = classmethod(_remembering(PeftConfigMixin.from_pretrained.__func__))
+
+
+def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
+    """``PeftModel.save_pretrained`` with ``include_factors``, for this save in place of the configs' own."""
+    from .config import QSVFTConfig
+
+    @functools.wraps(save)
+    def save_pretrained(
+        self: PeftModel, save_directory: Any, *args: Any, include_factors: bool | None = None, **kwargs: Any
+    ) -> None:
+        if include_factors is None:
+            return save(self, save_directory, *args, **kwargs)
+        given = inspect.signature(save).bind(self, save_directory, *args, **kwargs).arguments
+        names = given.get("selected_adapters") or list(self.peft_config)
+        configs = [self.peft_config[name] for name in names if isinstance(self.peft_config.get(name), QSVFTConfig)]
+        if not configs:
+            kinds = sorted({str(config.peft_type.value) for config in self.peft_config.values()})
+            raise ValueError(
+                f"save_pretrained(include_factors=...): none of the adapters {names} is a QSVFT one (found "
+                f"{', '.join(kinds)}); expected one. Leave include_factors out."
+            )
+        if include_factors and not given.get("safe_serialization", True):
+            raise ValueError(
+                "save_pretrained(include_factors=True): factors are read from a safetensors file; expected "
+                "safe_serialization=True. Leave safe_serialization out."
+            )
+        before = [config.include_factors for config in configs]
+        try:
+            for config in configs:
+                config.include_factors = bool(include_factors)
+            return save(self, save_directory, *args, **kwargs)
+        finally:
+            for config, value in zip(configs, before, strict=True):
+                config.include_factors = value
+
+    return save_pretrained
+
+
+def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftConfig.from_pretrained``, after which our configs know where their adapter is."""
+    from .config import QSVFTConfig
+
+    @functools.wraps(read)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, QSVFTConfig):
+            config.read_from(str(pretrained_model_name_or_path), subfolder, kwargs)
+        return config
+
+    return from_pretrained

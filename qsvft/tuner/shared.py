@@ -11,13 +11,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..factors import StoredBasis, make_shared_basis
-from ..hadamard import HadamardBasis
-from ..last_input import LastInput
 from ..weights import dense_weight, read_through
 from .config import QSVFTConfig
 
@@ -46,6 +42,7 @@ class InputGroup:
 
     Attributes:
         name: the members' last names, joined.
+        parent: the name of the module that they are in.
         size: n, the length of the input.
         limit: how many directions there are.
     """
@@ -55,41 +52,24 @@ class InputGroup:
     ) -> None:
         self._model, self.members = model, tuple(members)
         self.name = "_".join(member.rpartition(".")[2] for member in members)
+        self.parent = members[0].rpartition(".")[0]
         self.size = shapes[0][1]
         self.limit = self.size if config.basis == "hadamard" else min(sum(m for m, _ in shapes), self.size)
 
-    def basis(self, key: str, rank: int, config: QSVFTConfig, device: torch.device) -> Basis:
-        """The group's basis of at least ``rank`` directions: the one that its layers hold already, or a new one."""
-        held = next((layer.qsvft_bases[key] for layer in self._layers() if key in self._held(layer)), None)
-        if held is not None and held.rank >= rank:
-            return _as_basis(held)
-        if config.basis == "hadamard":
-            new: Any = HadamardBasis(self.size, rank, config.seed, device)
-        else:
-            new = make_shared_basis(self._weights(), rank, config.factor_bits)
-        if isinstance(held, StoredBasis):
-            held.extend(new)
-            return held
-        new.last_input = LastInput()
-        return _as_basis(new)
+    def held(self) -> dict[str, Basis]:
+        """The bases that its layers hold already, by their keys."""
+        layers = (layer for layer in self._layers() if hasattr(layer, "held_bases"))
+        return {key: basis for layer in layers for key, basis in layer.held_bases().items()}
 
-    def _layers(self) -> Iterator[Any]:
-        return (self._model.get_submodule(name) for name in self.members)
-
-    @staticmethod
-    def _held(layer: Any) -> Any:
-        return getattr(layer, "qsvft_bases", ())
-
-    def _weights(self) -> Iterator[Tensor]:
+    def weights(self) -> Iterator[Tensor]:
+        """The layers' weights (m_i, n), dense."""
         for layer in self._layers():
             own = getattr(layer, "original_weight", None)
             weight = dense_weight(layer) if own is None else own()
             yield read_through(layer, self.size) if weight is None else weight
 
-
-def _as_basis(basis: Any) -> Basis:
-    assert isinstance(basis, Basis)
-    return basis
+    def _layers(self) -> Iterator[Any]:
+        return (self._model.get_submodule(name) for name in self.members)
 
 
 def input_groups(model: nn.Module, shapes: Mapping[str, tuple[int, int]], config: QSVFTConfig) -> dict[str, InputGroup]:

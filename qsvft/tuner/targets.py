@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..residual import ResidualLinear
-from ..weights import check_weight
+from ..weights import HeldLinear, check_weight
 from .config import QSVFTConfig
 from .shared import InputGroup, input_groups
 
@@ -94,6 +94,8 @@ def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             found -= {f"{name}.{child}" if name else child for child, _ in module.named_children()}
+        elif isinstance(module, HeldLinear) and (inside := {one for one in found if one.startswith(f"{name}.")}):
+            found = found - inside | {name}  # the layer itself, not what it holds its weight in
     return found
 
 

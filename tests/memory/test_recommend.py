@@ -145,6 +145,7 @@ def test_the_defaults_are_those_of_prepare(model):
         {"off_diagonals": 2, "tail_damping": 0.05},
         {"sides": "both"},
         {"basis": "hadamard"},
+        {"decomposition": "exact"},
         {"residual": True, "sides": "both"},
         {"target_modules": ["q_proj", "v_proj"]},
         {"gradient_checkpointing": False},
@@ -236,6 +237,7 @@ def test_the_method_says_to_the_profiler_what_was_counted(peaks):
         {"pattern": "top_k", "off_diagonals": 3},
         {"sides": "both", "tail_damping": 0.2},
         {"basis": "hadamard", "rank": 32},
+        {"decomposition": "float32", "rank": 16},
     ],
     ids=str,
 )

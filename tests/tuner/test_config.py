@@ -42,7 +42,10 @@ REFUSED = [
     ("share_inputs", "yes", "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]"),
     ("share_inputs", [["q_proj"]], "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]"),
     ("basis", "fourier", "one of 'singular', 'hadamard'"),
+    ("decomposition", "svd", "one of 'auto', 'exact', 'randomized', 'float32'"),
+    ("decomposition", True, "one of 'auto', 'exact', 'randomized', 'float32'"),
     ("residual", 1, "True or False"),
+    ("include_factors", "yes", "True or False"),
     ("residual", True, "sides='both' with residual=True (it adds U S V^T back); sides is 'one'"),
 ]
 
@@ -79,7 +82,9 @@ FULL = {
     "tail_damping": 0.05,
     "seed": 11,
     "factor_bits": 8,
+    "decomposition": "randomized",
     "residual": True,
+    "include_factors": True,
     "base": {"weights": [{"bits": 4}]},
     "task_type": "CAUSAL_LM",
 }
@@ -94,6 +99,19 @@ def test_a_saved_config_comes_back_equal(tmp_path, options):
     config.save_pretrained(str(tmp_path))
     assert QSVFTConfig.from_pretrained(str(tmp_path)).to_dict() == config.to_dict()
     assert os.listdir(tmp_path) == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize(("written", "read"), [({}, "auto"), ({"base": {"weights": []}}, "exact")])
+def test_without_a_decomposition_a_new_config_chooses_and_one_saved_before_there_was_a_choice_is_exact(
+    tmp_path, written, read
+):
+    QSVFTConfig(**written).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    del saved["decomposition"]
+    path.write_text(json.dumps(saved))
+    assert QSVFTConfig.from_pretrained(str(tmp_path)).decomposition == read
+    assert QSVFTConfig(**written, decomposition="auto").decomposition == "auto"
 
 
 def test_a_subfolder_is_read(tmp_path):

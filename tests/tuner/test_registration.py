@@ -1,5 +1,6 @@
 """qsvft as a PEFT method, and through transformers' own PEFT integration."""
 
+import inspect
 import json
 import pickle
 import subprocess
@@ -40,6 +41,22 @@ def test_registering_twice_changes_nothing():
     before = (list(PeftType), dict(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING))
     register()
     assert (list(PeftType), dict(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)) == before
+
+
+def test_what_is_wrapped_of_peft_is_wrapped_once_and_keeps_its_signature():
+    register()
+    for wrapped in (PeftModel.save_pretrained, peft.PeftConfig.from_pretrained.__func__):
+        assert wrapped.__wrapped__.__module__.startswith("peft.") and not hasattr(wrapped.__wrapped__, "__wrapped__")
+        assert inspect.signature(wrapped) == inspect.signature(wrapped.__wrapped__)
+
+
+def test_other_methods_are_saved_and_read_as_before(llama, tmp_path):
+    model = get_peft_model(load(llama), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(llama), tmp_path, config=peft.PeftConfig.from_pretrained(tmp_path))
+    assert isinstance(again.peft_config["default"], peft.LoraConfig)
+    assert torch.equal(logits(again), expected)
 
 
 def test_peft_knows_the_config_and_the_tuner():

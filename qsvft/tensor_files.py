@@ -1,0 +1,106 @@
+"""Single tensors of safetensors files, by their names: memory-mapped, opened when first read.
+
+A copy of the reader, and one in another process, opens the files again by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+
+
+class TensorFiles:
+    """The tensors in safetensors files. Those read are the file's pages, and are not copied.
+
+    Args:
+        files: the file that holds it, for each tensor's name.
+
+    Attributes:
+        paths: the same, absolute.
+    """
+
+    def __init__(self, files: Mapping[str, str | os.PathLike[str]]) -> None:
+        self.paths = {name: os.path.abspath(path) for name, path in files.items()}
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> TensorFiles:
+        """The files of a checkpoint: the single model.safetensors, as for transformers, or those its index names.
+
+        Raises:
+            FileNotFoundError: neither is there.
+            ValueError: the index or the file is damaged.
+        """
+        index, single = Path(folder) / INDEX_NAME, Path(folder) / SINGLE_NAME
+        if single.is_file():
+            return cls.from_file(single)
+        if index.is_file():
+            return cls(_read_index(index))
+        raise FileNotFoundError(f"{folder}: expected {INDEX_NAME} or {SINGLE_NAME} in it, found neither")
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> TensorFiles:
+        """A single file.
+
+        Raises:
+            ValueError: it is not a whole safetensors file.
+        """
+        return cls(dict.fromkeys(_opened(os.fspath(path)).keys(), path))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU.
+
+        Raises:
+            KeyError: no such name.
+            ValueError: the file is not the one that was listed, or is damaged.
+        """
+        handle = self._handle(name)
+        try:
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.paths[name]}: expected the tensor {name} ({error}). The file is not the one that was listed: "
+                "copy it again, or make it again."
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def _handle(self, name: str) -> Any:
+        path = self.paths[name]
+        if path not in self._open:
+            self._open[path] = _opened(path)
+        return self._open[path]
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for shard in shards.values():
+            if not isinstance(shard, str) or shard != os.path.basename(shard):
+                raise ValueError(f"the file name {shard!r}")
+        return {name: index.parent / shard for name, shard in shards.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index}: not an index of safetensors files ({error!r}); expected weight_map with a file of the same "
+            "folder for each tensor. It is damaged: copy it again, or make the directory again."
+        ) from error
+
+
+def _opened(path: str) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); found {os.path.getsize(path)} bytes. It is truncated or "
+            "damaged: copy it again, or make it again."
+        ) from error

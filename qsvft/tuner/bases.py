@@ -1,0 +1,124 @@
+"""The bases of a layer: those that it holds already, those that are stored somewhere, or new ones.
+
+A layer holds a basis once for all adapters that agree on it, under the key of :mod:`qsvft.tuner.form`. Stored
+directions that are others than those held under that key (another machine's signs, say) stand beside them, under
+key@1, key@2. So do those that an adapter brings along, unless they are the same bit for bit: an adapter without
+any means those of its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..basis import Basis
+from ..decomposition import Sides
+from ..factor_files import FactorSource
+from ..factors import StoredBasis, make_bases, make_shared_basis
+from ..hadamard import HadamardBasis
+from ..last_input import LastInput
+from ..residual import ResidualLinear
+from .config import QSVFTConfig
+from .form import Form, plain_key
+from .shared import InputGroup
+from .sources import NOWHERE, Sources
+
+if TYPE_CHECKING:
+    from .layer import QSVFTLinear
+
+
+def hold_bases(
+    layer: QSVFTLinear,
+    form: Form,
+    weight: Tensor,
+    rank: int,
+    config: QSVFTConfig,
+    group: InputGroup | None,
+    sources: Sources,
+) -> tuple[Form, FactorSource | None]:
+    """Let a layer hold at least ``rank`` directions of the bases of a form; directions held stay as they are.
+
+    Args:
+        layer: where they are held.
+        form: with the keys that its config means.
+        weight: (m, n) dense.
+        rank: k.
+        config: the adapter's config.
+        group: the layers that share the basis, if any.
+        sources: where to look before they are computed.
+
+    Returns:
+        The form with the keys under which they are held, and the source that they are from, if any.
+    """
+    if config.residual:
+        base = layer.original_base()
+        assert isinstance(base, ResidualLinear)
+        if sources.own is not None and sources.own.rank(layer.module_name, form.inward):
+            sources.check_weight(layer.module_name, form.inward, weight)
+        layer.qsvft_bases.update({form.inward: base.basis("V"), form.outward: base.basis("U")})
+        return form, None
+    held: dict[str, Any] = {**(group.held() if group is not None else {}), **layer.held_bases()}
+    owner, (m, n) = layer.module_name if group is None else group.parent, weight.shape
+    looked_up = NOWHERE if form.seeded else sources
+    source, found = looked_up.look_up(owner, form.sizes((m, n)), rank, config.factor_bits, weight.device)
+    if source is not None and source is sources.own:
+        sources.check_weight(layer.module_name, form.inward, weight)
+    new: Mapping[str, Basis] = found if source is not None else _computed(form, weight, rank, config, group, held)
+    names = {key: key for key in form.keys}
+    for key, basis in new.items():
+        names[key] = _place(held, key, basis, source is None or source is not sources.own)
+        if group is not None and held[names[key]].last_input is None:
+            held[names[key]].last_input = LastInput()
+    layer.qsvft_bases.update({name: held[name] for name in names.values()})
+    return replace(form, inward=names[form.inward], outward=names[form.outward]), source
+
+
+def _computed(
+    form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None, held: Mapping[str, Basis]
+) -> dict[str, Basis]:
+    """Those of the bases of which less than ``rank`` directions are held, anew."""
+    missing = [key for key in form.keys if key not in held or held[key].rank < rank]
+    if not missing:
+        return {}
+    if form.seeded:
+        size = weight.shape[1] if form.kind == "input" else weight.shape[0]
+        return {form.inward: HadamardBasis(size, rank, config.seed, weight.device)}
+    if group is not None:
+        return {form.inward: make_shared_basis(group.weights, rank, config.factor_bits, form.method)}
+    sides: Sides = "both" if form.kind == "both" else "one"
+    made = make_bases(weight, rank, sides, config.factor_bits, form.method)
+    return {key: made[key[0]] for key in missing}
+
+
+def _place(held: dict[str, Basis], key: str, basis: Basis, may_take_key: bool) -> str:
+    """Put a basis among those held; the name under which it is."""
+    for name, other in held.items():
+        if plain_key(name) == key and _agree(other, basis):
+            _extend(other, basis)
+            return name
+    name = key if may_take_key and key not in held else next(n for i in count(1) if (n := f"{key}@{i}") not in held)
+    held[name] = basis
+    return name
+
+
+def _agree(held: Basis, other: Basis) -> bool:
+    """Whether the directions that both have are the same: from one source, computed here both, or bit for bit."""
+    if not isinstance(held, StoredBasis) or not isinstance(other, StoredBasis):
+        return False
+    if held.came_from is other.came_from:
+        return True
+    rank = min(held.rank, other.rank)
+    pairs = zip(held.stored.parts(0, rank), other.stored.parts(0, rank), strict=True)
+    return all(torch.equal(a.to(b.device), b) for a, b in pairs)
+
+
+def _extend(held: Basis, longer: Basis) -> None:
+    if isinstance(held, StoredBasis) and isinstance(longer, StoredBasis) and held.rank < longer.rank:
+        held.extend(longer)
+        if held.came_from is not longer.came_from:
+            held.came_from = None
