@@ -8,6 +8,8 @@ Importing this package registers the method with PEFT.
 """
 
 from . import import_notices as import_notices  # before anything imports bitsandbytes
+from .checkpoint.loading import from_pretrained
+from .checkpoint.streaming import prepare_checkpoint
 from .chunked_loss import disable_chunked_loss, enable_chunked_loss
 from .memory import MemoryReport, Recommendation, describe, held_bytes, profile, recommend
 from .prepare import prepare
@@ -25,8 +27,10 @@ __all__ = [
     "describe",
     "disable_chunked_loss",
     "enable_chunked_loss",
+    "from_pretrained",
     "held_bytes",
     "prepare",
+    "prepare_checkpoint",
     "profile",
     "quantize",
     "recommend",

@@ -124,8 +124,14 @@ def _signs(vectors: Tensor) -> Tensor:
 
 
 def stretches(weight: Tensor, dtype: torch.dtype = torch.float64, entries: int = _STRETCH) -> Iterator[Tensor]:
-    """A weight in ``dtype``, some rows at a time."""
-    return (part.to(dtype) for part in weight.split(max(entries // weight.shape[1], 1)))
+    """A weight in ``dtype``, some rows at a time; each stretch may be overwritten by the next."""
+    rows = max(entries // weight.shape[1], 1)
+    if weight.dtype == dtype:
+        yield from weight.split(rows)
+        return
+    held = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=dtype, device=weight.device)
+    for part in weight.split(rows):  # one buffer for all: fresh memory for each costs more than the copy
+        yield held[: part.shape[0]].copy_(part)
 
 
 def decompose(weight: Tensor, rank: int, sides: Sides = "one", method: Method = EXACT) -> Decomposition:
@@ -195,7 +201,15 @@ def _small_side_vectors(
                 total.addmm_(part.T, part @ block)
         return total
 
-    return leading_directions(product, size, rank, method.dtype, device)
+    def energy(block: Tensor) -> Tensor:
+        total = block.new_zeros(block.shape[1], block.shape[1])
+        for weight in weights():
+            for part in stretches(weight, method.dtype, _THIN_STRETCH):
+                image = part @ block
+                total.addmm_(image.T, image)
+        return total
+
+    return leading_directions(product, size, rank, method.dtype, device, energy)
 
 
 def _gram(weights: Weights, dtype: torch.dtype) -> Tensor:

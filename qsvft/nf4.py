@@ -4,7 +4,8 @@ Codes and layout are bitsandbytes'. Two things differ from ``bnb.functional.quan
 quantisation takes from the blocks' absolute maxima, their mean, is summed in fp64: bitsandbytes sums it in fp32, in an
 order that depends on the number of threads, so that two machines disagree in its last bits, with it in every weight,
 and in the vectors of nearly equal singular values. And on the CPU a code is counted, how many thresholds lie below,
-where bitsandbytes searches; a stretch of the weight at a time, since the temporaries are ten times its size in bf16.
+where bitsandbytes searches, some ten times slower; a stretch of the weight at a time, since the temporaries are ten
+times its size in bf16.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
+import numpy
+import numpy.typing
 import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from .shapes_only import BLOCK, NESTED_BLOCK
+
+FloatArray = numpy.typing.NDArray[numpy.float32]
 
 _STRETCH = 2**18
 """Elements quantised at a time: whole blocks, few enough for the caches."""
@@ -74,15 +79,21 @@ def _quantized(stretch: Tensor, block: int) -> tuple[Tensor, Tensor]:
     blocks = stretch.float().view(-1, block)
     absmax = blocks.abs().amax(-1)
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).view(-1)
-    above = torch.empty(scaled.numel(), dtype=torch.bool)
-    codes = torch.zeros(scaled.numel(), dtype=torch.uint8)
+    return _packed(scaled.numpy()), absmax
+
+
+def _packed(scaled: FloatArray) -> Tensor:
+    """The codes of numbers in [-1, 1]. numpy compares ten times as fast as torch."""
+    above, codes = numpy.empty(scaled.size, numpy.bool_), numpy.zeros(scaled.size, numpy.uint8)
     for threshold in _thresholds():
-        codes += torch.gt(scaled, threshold, out=above).view(torch.uint8)
-    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax
+        numpy.greater(scaled, threshold, out=above)
+        codes += above.view(numpy.uint8)
+    pairs = codes.view("<u2")  # the first code of a pair is in the lower byte
+    return torch.from_numpy(((pairs << 4) | (pairs >> 8)).astype(numpy.uint8)).unsqueeze(1)
 
 
 @cache
-def _thresholds() -> tuple[float, ...]:
+def _thresholds() -> FloatArray:
     """The middle between each two of the 16 numbers, in fp32."""
     numbers = bnb.functional.get_4bit_type("nf4", device="cpu")
-    return tuple(((numbers[1:] + numbers[:-1]) / 2).tolist())
+    return ((numbers[1:] + numbers[:-1]) / 2).numpy()

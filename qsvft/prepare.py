@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, TaskType, get_peft_model
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from . import vocabulary
 from .activations import lean_norms
+from .checkpoint.quantizer import mark_prepared
 from .chunked_loss import chunked_loss_obstacle, enable_chunked_loss
 from .offload import offload_checkpoints
 from .quantization import quantize
@@ -99,17 +100,40 @@ def prepare(
         options |= {key: value for key, value in given.items() if value is not None}
         chosen = fitting_options(model, fit, bits, options, progress)
         return prepare(model, bits, adapter_name=adapter_name, progress=progress, **chosen)
-    config = config if config is not None else _config(model, options)
-    trained_whole = [*(config.modules_to_save or []), *_left_whole(config)]
-    targets = check_targets(model, config, _left_whole(config))  # before anything is changed
-    _check_residual(config, bits)
+    config = config if config is not None else config_for(model, options)
+    trained_whole = [*(config.modules_to_save or []), *left_whole(config)]
+    targets = check_targets(model, config, left_whole(config))  # before anything is changed
+    check_residual(config, bits)
     vocabulary.check_embeddings(model, quantize_embeddings or 16, skip_modules=trained_whole)
     # A residual base is quantised where it is made, from the dense weight.
     quantize(model, bits, skip_modules=[*trained_whole, *(targets if config.residual else ())], progress=progress)
     if quantize_embeddings not in (None, 16):
         vocabulary.quantize_embeddings(model, quantize_embeddings, skip_modules=trained_whole)
+    record = config.factor_options()  # as they were given: PEFT puts names in place of "all-linear"
+    prepared = attach_lean(
+        model,
+        lambda frozen: get_peft_model(frozen, config, adapter_name=adapter_name),
+        gradient_checkpointing=gradient_checkpointing,
+        offload=offload,
+        chunked_loss=chunked_loss,
+        progress=progress,
+    )
+    mark_prepared(model, record)
+    return prepared
+
+
+def attach_lean(
+    model: nn.Module,
+    attach: Callable[[nn.Module], nn.Module],
+    *,
+    gradient_checkpointing: bool | None = None,
+    offload: bool | None = None,
+    chunked_loss: bool = True,
+    progress: bool = True,
+) -> PeftModel:
+    """Attach adapters to a model that is quantised already, and make its training step lean; see :func:`prepare`."""
     with progress_bars(progress):
-        prepared = get_peft_model(lean_norms(model), config, adapter_name=adapter_name)
+        prepared = attach(lean_norms(model))
     assert isinstance(prepared, PeftModel)
     if gradient_checkpointing is not False:
         enable_checkpointing(model)
@@ -120,7 +144,8 @@ def prepare(
     return prepared
 
 
-def _check_residual(config: QSVFTConfig, bits: int) -> None:
+def check_residual(config: QSVFTConfig, bits: int) -> None:
+    """Refuse a residual base of other than 4 bits."""
     if config.residual and bits != 4:
         raise ValueError(
             f"prepare(): residual=True with bits={bits}; expected bits=4. The residual is what the singular directions "
@@ -148,7 +173,8 @@ def _refuse_prepared(model: nn.Module) -> None:
         )
 
 
-def _config(model: nn.Module, options: dict[str, Any]) -> QSVFTConfig:
+def config_for(model: nn.Module, options: dict[str, Any]) -> QSVFTConfig:
+    """A config of single options; task type and fresh head follow from the model's class."""
     unknown = sorted(set(options) - set(QSVFTConfig.__dataclass_fields__))
     if unknown:
         allowed = sorted(set(QSVFTConfig.__dataclass_fields__) - {"peft_type", "auto_mapping", "peft_version", "base"})
@@ -163,7 +189,7 @@ def _config(model: nn.Module, options: dict[str, Any]) -> QSVFTConfig:
     return QSVFTConfig(**options)
 
 
-def _left_whole(config: QSVFTConfig) -> list[str]:
+def left_whole(config: QSVFTConfig) -> list[str]:
     """The heads that PEFT trains whole for a task, which are therefore not quantised."""
     if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         return ["classifier", "score"]

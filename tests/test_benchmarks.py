@@ -76,3 +76,13 @@ def test_decomposition(tmp_path):
     assert {row["inputs"] for row in figures["model_minutes"]} == {"shared inputs", "each layer alone"}
     energy = {row["spectrum"]: row["energy"] for row in figures["energies"]}
     assert 0.9 < energy["flat (Marchenko-Pastur)"] < energy["j^-1.0"] < 1 + 1e-9 and "randomized" in shown
+
+
+@pytest.mark.slow
+def test_streaming(tmp_path):
+    sizes = ("--width", "128", "--layers", "1", "2", "--factor-bits", "4")
+    shown, figures = run("streaming.py", tmp_path, str(tmp_path / "models"), *sizes)
+    few, many = figures["rows"]
+    assert many["source"] > few["source"] and many["written"] > few["written"]
+    assert all(row["before"] <= row["anonymous"] and row["loaded"]["held"] > 0 for row in figures["rows"])
+    assert "minutes for 32 of them" in shown

@@ -57,7 +57,7 @@ def cases(path):
 
 
 def test_a_rehearsal_runs_every_stage_and_marks_its_rows(rehearsal):
-    for stage in ("tests", "memory", "speed"):
+    for stage in ("tests", "memory", "speed", "decomposition"):
         header, *rows = lines(rehearsal / f"{stage}.jsonl")
         assert header["kind"] == "run"
         assert {"torch", "peft", "bitsandbytes", "qsvft"} <= header["versions"].keys()
@@ -202,7 +202,7 @@ def test_a_card_s_name_becomes_a_safe_folder(suite):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["benchmark"], "unknown stage 'benchmark'; expected tests, memory, speed or summary"),
+        (["benchmark"], "unknown stage 'benchmark'; expected tests, memory, speed, decomposition or summary"),
         (["--fast"], "unknown option '--fast'"),
         (["--wheels"], "--wheels needs a directory"),
         (["--wheels", "/nowhere", "tests"], "no wheels in '/nowhere'"),

@@ -2,7 +2,7 @@
 # Tests, memory and speed of qsvft on a CUDA card, without network. See README.md beside this file.
 set -euo pipefail
 
-usage="usage: run.sh [--wheels DIR] [--rehearse] [--output DIR] [tests] [memory] [speed] [summary]"
+usage="usage: run.sh [--wheels DIR] [--rehearse] [--output DIR] [tests] [memory] [speed] [decomposition] [summary]"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 
@@ -35,9 +35,9 @@ while [ $# -gt 0 ]; do
             echo "$usage"
             exit 0
             ;;
-        tests | memory | speed | summary) stages+=("$1") ;;
+        tests | memory | speed | decomposition | summary) stages+=("$1") ;;
         -*) refuse "unknown option '$1'; $usage" ;;
-        *) refuse "unknown stage '$1'; expected tests, memory, speed or summary" ;;
+        *) refuse "unknown stage '$1'; expected tests, memory, speed, decomposition or summary" ;;
     esac
     shift
 done

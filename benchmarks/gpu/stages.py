@@ -1,4 +1,4 @@
-"""The stages: tests, memory, speed. Called by run.sh, which prepares the environment.
+"""The stages: tests, memory, speed, decomposition. Called by run.sh, which prepares the environment.
 
 Every finished case is a row on the disk before the next one begins; a case that has its row is skipped.
 A stage stops by itself before its nine minutes are over, and the same command goes on from there.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from predictions import Predictions
     from steps import Card, Rehearsal
 
-STAGES = ("tests", "memory", "speed")
+STAGES = ("tests", "memory", "speed", "decomposition")
 NEEDED = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors", "typer", "rich", "psutil")
 SOFT_LIMIT_S, HARD_LIMIT_S = 480, 530
 HEADROOM = 1.08
@@ -176,6 +177,33 @@ def speed(suite: Suite) -> None:
             _measure(suite, rows, model, method, lengths, measure, optimizer="adamw, fused", autocast="bfloat16")
 
 
+# --- (d) decomposition ----------------------------------------------------------------------------
+
+
+def decomposition(suite: Suite) -> None:
+    """Seconds and accuracy of each way to decompose a weight, by benchmarks/decomposition.py."""
+    rows, case = suite.rows("decomposition"), "llama-2-7b"
+    if rows.done(case):
+        return
+    path, log = suite.folder / "decomposition.json", suite.folder / "decomposition.log"
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "decomposition.py"), "--json", str(path)]
+    command += ["--quick"] if suite.rehearsal else ["--device", "cuda"]
+    suite.folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with open(log, "ab") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    ran = status == 0
+    found = {"figures": json.loads(path.read_text())} if ran else {"reason": f"ended with {status}, see {log.name}"}
+    rows.append(case, "ran" if ran else FAILED, **found, seconds=round(time.monotonic() - start, 3))
+    say(f"decomposition: {'ran' if ran else found['reason']}; the table is in {log.name}")
+    if not ran:
+        suite.failed()
+
+
 # --- one model and method, at the lengths that are open -------------------------------------------
 
 Measure = Callable[[Any, tuple[str, str, int], dict[str, Any], int], dict[str, Any]]
@@ -263,13 +291,13 @@ def _name(model: str, method: str, seq_len: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.sh")
-    parser.add_argument("stages", nargs="*", metavar="stage", help="tests, memory, speed or summary")
+    parser.add_argument("stages", nargs="*", metavar="stage", help="tests, memory, speed, decomposition or summary")
     parser.add_argument("--rehearse", action="store_true", help="every stage's code on CPU at toy size")
     parser.add_argument("--output", type=Path, help="folder for the results")
     options = parser.parse_args(arguments)
     unknown = [stage for stage in options.stages if stage not in (*STAGES, "summary")]
     if unknown:
-        return refuse(f"unknown stage {unknown[0]!r}; expected tests, memory, speed or summary")
+        return refuse(f"unknown stage {unknown[0]!r}; expected tests, memory, speed, decomposition or summary")
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         return refuse(f"{', '.join(missing)} not installed here; install it or give its wheel with --wheels DIR")
@@ -295,7 +323,7 @@ def run_stages(folder: Path, rehearsal: bool, stages: list[str]) -> int:
     if set(stages) & {"memory", "speed"}:
         plan = suite.plan
         suite.predictions.ask([(m, x, n) for m in plan.models for x in plan.methods for n in plan.lengths])
-    functions = {"tests": tests, "memory": memory, "speed": speed}
+    functions = {"tests": tests, "memory": memory, "speed": speed, "decomposition": decomposition}
     try:
         for stage in STAGES:
             if stage in stages:

@@ -9,11 +9,15 @@ import typer
 
 from ..version import __version__
 from .errors import OneLineErrors
+from .merge import merge
+from .prepare import prepare
 from .profile import profile
 
 app = typer.Typer(
     name="qsvft", cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+app.command("merge")(merge)
+app.command("prepare")(prepare)
 app.command("profile")(profile)
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from transformers.utils import logging
 
 from ..memory import CARDS_GIB, DEFAULT_METHODS, METHODS, PRESETS, MemoryReport, recommend
 from ..memory import profile as profile_step
@@ -23,6 +19,7 @@ from ..memory.report import check_writable
 from ..memory.step import OPTIMIZERS
 from ..memory.table import WIDTH, tables
 from .errors import bad_input, complain
+from .quiet import quiet
 
 
 def profile(
@@ -54,7 +51,7 @@ def profile(
     timeline: Annotated[Path | None, typer.Option(help="Draw the live bytes over the step (png, pdf, svg).")] = None,
 ) -> None:
     """Predict the peak memory of one training step of each method. Needs no weights and no GPU."""
-    with _quiet():
+    with quiet():
         with bad_input():
             _check_files(json, csv, plot, timeline)
             methods = checked_methods(method if method else DEFAULT_METHODS)
@@ -82,19 +79,6 @@ def profile(
     if not report.ran:
         complain("none of the methods could run")
         raise typer.Exit(1)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep third parties' notes to programmers out of the command's output."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _check_files(json: Path | None, csv: Path | None, plot: Path | None, timeline: Path | None) -> None:

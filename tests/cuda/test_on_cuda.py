@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from small_models import coefficients, load, logits, randomize, same_tensors, tokens
-from transformers import LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import qsvft
 from qsvft.tuner import QSVFTLinear
@@ -225,3 +225,33 @@ def test_the_allocators_peak_is_within_the_band_of_the_prediction(method, monkey
     before = card.allocated()
     found = card.peak(build(config, parse_method(method), DEVICE), 1024, before)
     assert abs(found["allocated_bytes"] - predicted) <= BAND * predicted + FIXED
+
+
+# --- prepared directories -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"factor_bits": 4, "rank": 24}], ids=str)
+def test_a_checkpoint_is_prepared_alike_on_both_devices(llama, tmp_path, options):
+    """Quantised on the CPU either way: the weights are the same bits, and an adapter runs on both."""
+    states, changes = [], []
+    for device in ("cpu", DEVICE):
+        folder = qsvft.prepare_checkpoint(llama, tmp_path / device, device=device, progress=False, **options)
+        base = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+        states.append({name: value.clone() for name, value in base.state_dict().items()})
+        plain = logits(base)
+        if device == "cpu":
+            model = randomize(qsvft.from_pretrained(folder, device_map="cpu", progress=False), scale=0.1)
+            model.save_pretrained(tmp_path / "adapter")
+        changes.append(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")) - plain)
+    assert same_tensors(*states)
+    assert float((changes[0] - changes[1]).norm()) < 1e-3 * float(changes[0].norm())
+
+
+def test_a_prepared_directory_loads_onto_the_card_and_trains(llama, tmp_path):
+    folder = qsvft.prepare_checkpoint(llama, tmp_path / "prepared", factor_bits=4, dtype="bfloat16", progress=False)
+    model = qsvft.from_pretrained(folder, progress=False)
+    ids = tokens().to(DEVICE)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.is_cuda for name, p in model.named_parameters() if "qsvft_M" in name)
+    held = [buffer for name, buffer in model.named_buffers() if "qsvft_bases" in name]
+    assert held and all(buffer.is_cuda for buffer in held)

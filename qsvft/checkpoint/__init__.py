@@ -1,0 +1,1 @@
+"""Checkpoints prepared on disk, one matrix at a time, without holding the model."""

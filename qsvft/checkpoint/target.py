@@ -1,0 +1,303 @@
+"""A prepared directory while it is made: finished units, each written whole, and the index at the end.
+
+    .qsvft-preparing.json                 what is being prepared, written first and removed last
+    model-00001-of-00131.safetensors      one file a unit; its header names the unit and the plan
+    model.safetensors.index.json          written when all units are there; without it nothing is finished
+    config.json, tokenizer, ...           written just before it
+
+A file that is begun has another name (``.qsvft-*.tmp``) and gets its own when its bytes are on the disk, so that a
+crash, a full disk or a kill leaves whole units and nothing else that counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MANIFEST = ".qsvft-preparing.json"
+LOCK = ".qsvft-preparing.lock"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_TEMPORARY = ".qsvft-{}.tmp"
+_SPARE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished unit: its file, its tensors and the digest of what was read for it."""
+
+    file: str
+    tensors: tuple[str, ...]
+    nbytes: int
+    source: str
+
+
+class Target:
+    """The directory that a checkpoint is prepared into.
+
+    Args:
+        folder: the directory; it need not exist.
+        units: the names of all units, in the plan's order.
+        plan: digest of the plan.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], units: Sequence[str], plan: str) -> None:
+        self.folder, self.units, self.plan = Path(folder), tuple(units), plan
+
+    def file_of(self, number: int) -> str:
+        """The name of the file of the unit at this place of the plan."""
+        return f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors"
+
+    # --- beginning --------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from preparing into the same directory; the lock goes with its process."""
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{self.folder}: another process is preparing into this directory; expected none. Wait for it, or give "
+                "another target."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            with suppress(OSError):
+                (self.folder / LOCK).unlink()
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What is being prepared here, None if nothing is."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {error}; expected the record of a preparation. It is damaged: remove the directory and "
+                "prepare again."
+            ) from error
+        return found
+
+    def begin(self, manifest: dict[str, Any]) -> None:
+        """Write down what is being prepared."""
+        _write_json(self.folder / MANIFEST, manifest)
+
+    def clear_up(self) -> bool:
+        """Whether all was written but the record not removed yet; it is then."""
+        left_over = is_finished(self.folder) and self.manifest() is not None
+        if left_over:
+            (self.folder / MANIFEST).unlink()
+        return left_over
+
+    def check_new(self) -> None:
+        """Refuse a directory that holds something already.
+
+        Raises:
+            ValueError: it is finished, or it was never a preparation.
+            OSError: it cannot be made or written to.
+        """
+        check_writable(self.folder)
+        if is_finished(self.folder):
+            raise ValueError(
+                f"{self.folder}: a prepared model stands here already; expected a new directory. Load it with "
+                "qsvft.from_pretrained(), or remove it, or give another target."
+            )
+        if self.manifest() is None and any(entry.name != LOCK for entry in self.folder.iterdir()):
+            first = sorted(entry.name for entry in self.folder.iterdir() if entry.name != LOCK)[0]
+            raise ValueError(
+                f"{self.folder}: exists and is not empty (it holds {first!r}); expected a new directory, or one in "
+                "which a preparation was interrupted. Give another target."
+            )
+
+    # --- units ------------------------------------------------------------------------------------
+
+    def finished(self) -> dict[str, Record]:
+        """The units that are there and whole, by name; what an interrupted writer left is removed."""
+        for leftover in self.folder.glob(_TEMPORARY.format("*")):
+            leftover.unlink()
+        found = {}
+        for number, unit in enumerate(self.units):
+            record = self._record(number, unit)
+            if record is not None:
+                found[unit] = record
+        return found
+
+    def _record(self, number: int, unit: str) -> Record | None:
+        path = self.folder / self.file_of(number)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as handle:
+                metadata, names = handle.metadata() or {}, tuple(handle.keys())
+        except (SafetensorError, OSError):
+            return None
+        if metadata.get("qsvft_unit") != unit or metadata.get("qsvft_plan") != self.plan:
+            return None
+        nbytes = int(metadata["qsvft_bytes"])
+        if metadata["qsvft_names"] != names_digest(names):
+            return None
+        return Record(path.name, names, nbytes, metadata["qsvft_source"])
+
+    def write(self, number: int, tensors: dict[str, Tensor], source: str) -> Record:
+        """Write a finished unit whole.
+
+        Args:
+            number: its place in the plan.
+            tensors: by the names that they have in the prepared directory.
+            source: digest of what was read for it.
+        """
+        path = self.folder / self.file_of(number)
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        metadata = {
+            "format": "pt",
+            "qsvft_unit": self.units[number],
+            "qsvft_plan": self.plan,
+            "qsvft_bytes": str(nbytes),
+            "qsvft_names": names_digest(tensors),
+            "qsvft_source": source,
+        }
+        with _whole(path) as temporary:
+            _save(tensors, temporary, metadata)
+        return Record(path.name, tuple(sorted(tensors)), nbytes, source)
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse to begin what does not fit on the disk.
+
+        Raises:
+            OSError: fewer bytes are free than are still to be written.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if free < nbytes + _SPARE_BYTES:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.folder}: {_gib(nbytes)} are still to be written, {_gib(free)} are free on its file system. "
+                "Free some space, or give a target elsewhere",
+            )
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def finish(self, records: dict[str, Record], config: dict[str, Any], copied: Sequence[Path]) -> None:
+        """Write what makes the directory a model: config, tokenizer, and the index as the last.
+
+        Args:
+            records: of all units.
+            config: config.json.
+            copied: files of the source that come along as they are.
+        """
+        for source in copied:
+            with _whole(self.folder / source.name) as temporary:
+                shutil.copyfile(source, temporary)
+        _write_json(self.folder / "config.json", config)
+        weight_map = {name: records[unit].file for unit in self.units for name in records[unit].tensors}
+        size = sum(record.nbytes for record in records.values())
+        _write_json(
+            self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        )
+        (self.folder / MANIFEST).unlink()
+
+
+def is_finished(folder: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a whole prepared model."""
+    folder = Path(folder)
+    return prepared_record(folder) is not None and any((folder / name).is_file() for name in (INDEX, SINGLE))
+
+
+def prepared_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """``quantization_config`` of a prepared directory; None for any other."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    record = config.get("quantization_config") if isinstance(config, dict) else None
+    return record if isinstance(record, dict) and record.get("quant_method") == "qsvft" else None
+
+
+def check_writable(folder: Path) -> None:
+    """Make a directory, and find out whether files can be written there.
+
+    Raises:
+        OSError: naming it and what stands in the way.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: exists and is no directory; expected a directory to prepare into. Give another.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / _TEMPORARY.format("trial")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise type(error)(
+            error.errno,
+            f"{folder}: cannot be written to ({reason}); expected a writable directory. Give another target",
+        ) from error
+
+
+def names_digest(names: Sequence[str] | dict[str, Any]) -> str:
+    """SHA-256 of tensor names in order."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+
+
+# --- whole files ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` when its bytes are on the disk, and is removed if anything fails."""
+    temporary = path.with_name(_TEMPORARY.format(f"{path.name}-{os.getpid()}"))
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(folder: Path) -> None:
+    """Put the renaming on the disk as well, where directories can be opened for that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        # safetensors wraps what the file system says in words of its own.
+        full = "os error 28" in str(error) or "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, f"{path.parent}: {error}") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with _whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"

@@ -1,0 +1,78 @@
+"""``qsvft prepare SOURCE TARGET``: a checkpoint of any size becomes a prepared directory, one matrix at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..checkpoint.job import Job, open_job
+from ..checkpoint.streaming import PreparationInterrupted, chosen_device, run_job
+from ..decomposition import DECOMPOSITIONS
+from ..tuner.config import BASES, SIDES
+from .errors import bad_input, complain
+from .quiet import quiet
+
+
+def prepare(
+    source: Annotated[str, typer.Argument(help="A directory or file of safetensors, or a hub id.")],
+    target: Annotated[Path, typer.Argument(help="The directory to make, or to go on with.")],
+    bits: Annotated[int, typer.Option(help="How the base is held: 4 (NF4), 8 (int8) or 16 (as it is).")] = 4,
+    rank: Annotated[int | None, typer.Option(help="Singular directions a layer; all without it.")] = None,
+    sides: Annotated[str | None, typer.Option(help=f"One of {', '.join(SIDES)}.")] = None,
+    factor_bits: Annotated[int | None, typer.Option(help="How U and V are held: 16, 8 or 4 bits.")] = None,
+    decomposition: Annotated[str | None, typer.Option(help=f"One of {', '.join(DECOMPOSITIONS)}.")] = None,
+    share_inputs: Annotated[
+        bool | None, typer.Option(help="One V for layers that read the same input (q, k, v; gate, up).")
+    ] = None,
+    basis: Annotated[str | None, typer.Option(help=f"One of {', '.join(BASES)}.")] = None,
+    residual: Annotated[
+        bool | None, typer.Option("--residual", help="Quantise W - U S V^T; needs --sides both.")
+    ] = None,
+    target_modules: Annotated[list[str] | None, typer.Option(help="Layers to decompose; repeatable.")] = None,
+    exclude_modules: Annotated[list[str] | None, typer.Option(help="Layers to leave out; repeatable.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="The weights' dtype before they are quantised.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes at once; each takes memory for a matrix.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")] = False,
+) -> None:
+    """Quantise and decompose a checkpoint into a directory that loads in seconds. Interrupted, it goes on."""
+    options: dict[str, Any] = {
+        "rank": rank,
+        "sides": sides,
+        "factor_bits": factor_bits,
+        "decomposition": decomposition,
+        "share_inputs": share_inputs,
+        "basis": basis,
+        "residual": residual,
+        "target_modules": target_modules or None,
+        "exclude_modules": exclude_modules or None,
+    }
+    chosen = {name: value for name, value in options.items() if value is not None}
+    with quiet(), bad_input():
+        job = open_job(source, bits, None, chosen, dtype=dtype, revision=revision)
+        where = chosen_device(device)
+        typer.echo(_summary(job))
+        if dry_run:
+            return
+        try:
+            run_job(job, job.target(target), workers, where, progress=True)
+        except PreparationInterrupted as interrupted:
+            complain(str(interrupted))
+            raise typer.Exit(130) from interrupted
+    typer.echo(f"prepared: {target}. Load it with qsvft.from_pretrained({str(target)!r}).")
+
+
+def _summary(job: Job) -> str:
+    """What will be done, in two lines."""
+    decomposed = [stored for unit in job.units for stored in unit.stored]
+    layers = sum(len(stored.layers) for stored in decomposed)
+    randomized = sum(stored.form.method.randomized for stored in decomposed)
+    how = f", {randomized} of them randomized" if randomized else ""
+    unknown = f"; {len(job.names.unknown)} keys that the model does not know are left out" if job.names.unknown else ""
+    return (
+        f"{type(job.model).__name__}: {len(decomposed)} decompositions for {layers} layers{how}{unknown}\n"
+        f"{len(job.units)} files, about {sum(unit.nbytes for unit in job.units) / 2**30:.2f} GiB"
+    )
