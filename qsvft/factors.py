@@ -116,5 +116,5 @@ def measured_scale(weight: Tensor, basis: Basis, side: str, rank: int) -> tuple[
         for part in stretches(weight if side == "V" else weight.T, dtype, _STRETCH):
             read = basis.to_coefficients(part, rank)
             s = torch.hypot(s, torch.linalg.vector_norm(read, dim=0, dtype=torch.float64))
-            total = torch.hypot(total, torch.linalg.matrix_norm(part).double())
+            total = torch.hypot(total, torch.linalg.vector_norm(torch.linalg.vector_norm(part, dim=1).double()))
     return s.float(), (total[0] / basis.size**0.5).float()

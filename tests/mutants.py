@@ -670,7 +670,7 @@ MUTANTS = (
     Mutant(
         "a part is written under its own name at once",
         "checkpoint/target.py",
-        'temporary = path.with_name(_TEMPORARY.format(f"{path.name}-{os.getpid()}"))',
+        'temporary = path.parent / WRITING / f"{path.name}-{os.getpid()}"',
         "temporary = path",
         ("checkpoint/test_streaming.py",),
     ),

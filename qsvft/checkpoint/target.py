@@ -5,8 +5,8 @@
     model.safetensors.index.json          written when all units are there; without it nothing is finished
     config.json, tokenizer, ...           written just before it
 
-A file that is begun has another name (``.qsvft-*.tmp``) and gets its own when its bytes are on the disk, so that a
-crash, a full disk or a kill leaves whole units and nothing else that counts.
+A file that is begun lies in ``.qsvft-writing`` and gets its place and its name when its bytes are on the disk, so that
+a crash, a full disk or a kill leaves whole units and nothing else that counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ MANIFEST = ".qsvft-preparing.json"
 LOCK = ".qsvft-preparing.lock"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_TEMPORARY = ".qsvft-{}.tmp"
+WRITING = ".qsvft-writing"
+_OURS = ".qsvft-"
 _SPARE_BYTES = 64 * 2**20
 
 
@@ -77,6 +78,7 @@ class Target:
         try:
             yield
         finally:
+            shutil.rmtree(self.folder / WRITING, ignore_errors=True)
             lock.release()
             with suppress(OSError):
                 (self.folder / LOCK).unlink()
@@ -106,6 +108,7 @@ class Target:
         left_over = is_finished(self.folder) and self.manifest() is not None
         if left_over:
             (self.folder / MANIFEST).unlink()
+            shutil.rmtree(self.folder / WRITING, ignore_errors=True)
         return left_over
 
     def check_new(self) -> None:
@@ -121,10 +124,10 @@ class Target:
                 f"{self.folder}: a prepared model stands here already; expected a new directory. Load it with "
                 "qsvft.from_pretrained(), or remove it, or give another target."
             )
-        if self.manifest() is None and any(entry.name != LOCK for entry in self.folder.iterdir()):
-            first = sorted(entry.name for entry in self.folder.iterdir() if entry.name != LOCK)[0]
+        others = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith(_OURS))
+        if self.manifest() is None and others:
             raise ValueError(
-                f"{self.folder}: exists and is not empty (it holds {first!r}); expected a new directory, or one in "
+                f"{self.folder}: exists and is not empty (it holds {others[0]!r}); expected a new directory, or one in "
                 "which a preparation was interrupted. Give another target."
             )
 
@@ -132,8 +135,7 @@ class Target:
 
     def finished(self) -> dict[str, Record]:
         """The units that are there and whole, by name; what an interrupted writer left is removed."""
-        for leftover in self.folder.glob(_TEMPORARY.format("*")):
-            leftover.unlink()
+        shutil.rmtree(self.folder / WRITING, ignore_errors=True)
         found = {}
         for number, unit in enumerate(self.units):
             record = self._record(number, unit)
@@ -241,7 +243,7 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"{folder}: exists and is no directory; expected a directory to prepare into. Give another.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / _TEMPORARY.format("trial")
+        trial = folder / f"{_OURS}trial"
         trial.touch()
         trial.unlink()
     except OSError as error:
@@ -263,7 +265,9 @@ def names_digest(names: Sequence[str] | dict[str, Any]) -> str:
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A temporary path that becomes ``path`` when its bytes are on the disk, and is removed if anything fails."""
-    temporary = path.with_name(_TEMPORARY.format(f"{path.name}-{os.getpid()}"))
+    # In a directory of its own: safetensors writes to yet another name beside it first.
+    temporary = path.parent / WRITING / f"{path.name}-{os.getpid()}"
+    temporary.parent.mkdir(exist_ok=True)
     try:
         yield temporary
         with open(temporary, "rb") as file:

@@ -241,7 +241,9 @@ def test_only_whole_parts_of_the_same_plan_count(llama, whole, tmp_path, monkeyp
             metadata = {**handle.metadata(), "qsvft_plan": "0" * 64}
         save_file(load_file(first), first, metadata=metadata)
     else:
-        (folder / ".qsvft-model-00001-of-00009.safetensors-7.tmp").write_bytes(b"half")
+        (folder / targets.WRITING).mkdir()
+        (folder / targets.WRITING / "model-00001-of-00009.safetensors-7").write_bytes(b"half")
+        (folder / targets.WRITING / ".tmp123").write_bytes(b"half")
     prepared(llama, folder)
     assert same_files(folder, whole)
 
