@@ -25,6 +25,11 @@ def loaded(folder, **options):
     return qsvft.from_pretrained(folder, progress=False, **options)
 
 
+def stored_names(folder):
+    """Names of all tensors in a directory's files, each as often as it is there."""
+    return sorted(name for file in folder.glob("*.safetensors") for name in load_file(file))
+
+
 def factors(model):
     return {name: value.clone() for name, value in model.qsvft_factors.tensors().items()}
 
@@ -92,6 +97,7 @@ def test_saved_with_an_adapter_it_is_the_same_directory(folder, tmp_path):
     model.get_base_model().save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert stored_names(tmp_path / "again") == stored_names(folder)
     assert same_tensors(state(plain), state(again))
     assert same_tensors(factors(plain), factors(again))
 
@@ -102,6 +108,7 @@ def test_a_model_prepared_in_memory_is_saved_as_a_prepared_directory(llama, tmp_
     model.get_base_model().save_pretrained(tmp_path / "saved")
     streamed = AutoModelForCausalLM.from_pretrained(prepared(llama, tmp_path / "streamed", **options))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert stored_names(tmp_path / "saved") == stored_names(tmp_path / "streamed")
     assert same_tensors(state(saved), state(streamed))
     assert same_tensors(factors(saved), factors(streamed))
     assert saved.config.quantization_config.to_dict() == streamed.config.quantization_config.to_dict()
