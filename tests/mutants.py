@@ -579,9 +579,23 @@ MUTANTS = (
     Mutant(
         "a fit that keeps only what was given",
         "prepare.py",
-        "progress=progress, **chosen)",
-        "progress=progress, **options)",
+        "    return chosen, changed\n",
+        "    return dict(options), changed\n",
         ("test_fit.py",),
+    ),
+    Mutant(
+        "the factors of a prepared directory up for choice",
+        "checkpoint/loading.py",
+        "{**_fixed(record), **options}",
+        "options",
+        ("test_fit.py",),
+    ),
+    Mutant(
+        "all processes prepare into the cache at once",
+        "checkpoint/cache.py",
+        'lock = FileLock(locks / f"{folder.name}.lock")',
+        'lock = FileLock(locks / f"{folder.name}-{os.getpid()}.lock")',
+        ("checkpoint/test_loading.py",),
     ),
     Mutant(
         "GB read as GiB",

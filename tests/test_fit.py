@@ -1,4 +1,4 @@
-"""prepare(model, fit="8GiB"): the options are those of qsvft.recommend, and nothing is changed where nothing fits."""
+"""fit="8GiB": the options are those of qsvft.recommend, and nothing is changed where nothing fits."""
 
 import pytest
 import torch
@@ -142,6 +142,52 @@ def test_what_was_given_stays(llama, rungs, given):
 def test_without_a_card_the_defaults_are_what_they_were(model):
     found = described(qsvft.prepare(model))
     assert found["checkpointing"] is True and found["offload"] is False and not found["vocabulary"]
+
+
+# --- from_pretrained ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0, 3, -1])
+def test_a_checkpoint_is_prepared_as_the_card_asks(llama, rungs, tmp_path, place):
+    fit = {"card_gib": rungs[place][1], "seq_len": TOKENS}
+    streamed = qsvft.from_pretrained(llama, fit=fit, dtype="bfloat16", cache_dir=tmp_path, progress=False)
+    in_memory = qsvft.prepare(load(llama), fit=fit)
+    assert described(streamed) == described(in_memory)
+    assert torch.equal(logits(streamed), logits(in_memory))
+
+
+def test_a_prepared_directory_keeps_its_factors_and_fits_with_what_is_open(llama, tmp_path):
+    options = {"rank": 64, "factor_bits": 8}
+    folder = qsvft.prepare_checkpoint(llama, tmp_path / "p", dtype="bfloat16", progress=False, **options)
+    found = {}
+    for size in ("large", "small"):
+        # Under what the lean settings need nothing would fit; the rank and the factors are not up for choice.
+        lean = qsvft.recommend(load(llama), 8, TOKENS, **options, gradient_checkpointing=True, quantize_embeddings=4)
+        fit = {"card_gib": 24 if size == "large" else lean.needed_bytes / GIB, "seq_len": TOKENS}
+        found[size] = described(qsvft.from_pretrained(folder, fit=fit, progress=False))
+        assert {name: found[size][name] for name in options} == options
+    assert not found["large"]["checkpointing"] and not found["large"]["vocabulary"]
+    assert found["small"]["checkpointing"] and found["small"]["vocabulary"] == {4}
+
+
+def test_what_was_given_to_from_pretrained_stays(llama, tmp_path):
+    options = {"rank": 16, "gradient_checkpointing": True, "chunked_loss": False, "quantize_embeddings": 8}
+    found = qsvft.from_pretrained(llama, fit=24, dtype="bfloat16", cache_dir=tmp_path, progress=False, **options)
+    assert described(found) == described(qsvft.prepare(load(llama), fit=24, **options))
+    assert described(found)["vocabulary"] == {8} and described(found)["checkpointing"]
+
+
+def test_where_nothing_fits_nothing_is_prepared(llama, tmp_path):
+    fit = {"card_gib": 0.7505, "seq_len": TOKENS}
+    options = {"dtype": "bfloat16", "cache_dir": tmp_path / "cache", "progress": False}
+    with pytest.raises(ValueError, match="nothing fits"):
+        qsvft.from_pretrained(llama, fit=fit, **options)
+    with pytest.raises(ValueError, match="base of 4 bits, got bits=8"):
+        qsvft.from_pretrained(llama, 8, fit=8, **options)
+    for other in ({"config": QSVFTConfig()}, {"adapter": "somewhere"}):
+        with pytest.raises(ValueError, match="fit chooses what is in a config"):
+            qsvft.from_pretrained(llama, fit=8, **other, **options)
+    assert not (tmp_path / "cache").exists()
 
 
 # --- what is refused ------------------------------------------------------------------------------

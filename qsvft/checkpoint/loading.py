@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -16,26 +14,30 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..factor_files import FactorFiles
-from ..prepare import attach_lean, config_for, left_whole
+from ..prepare import attach_lean, config_for, fitted, left_whole
 from ..tuner.config import FACTOR_FIELDS, QSVFTConfig
 from ..tuner.targets import check_targets, groups_of
 from ..use_factors import use_factors
 from ..vocabulary import check_embeddings
 from ..vocabulary import quantize_embeddings as hold_embeddings
-from .job import Job, chosen_dtype, open_job
+from .cache import prepared_in_cache
+from .job import chosen_dtype, open_job
 from .plan import stored_forms
 from .quantizer import METHOD
-from .streaming import chosen_device, run_job
-from .target import is_finished
+from .streaming import chosen_device
 
-CACHE = "QSVFT_CACHE"
-"""The environment variable that says where prepared checkpoints are kept; ~/.cache/qsvft without it."""
+if TYPE_CHECKING:
+    from ..memory.recommend import Recommendation
+
+_LADDER = ("rank", "factor_bits")
+"""The fields of a config that a recommendation changes."""
 
 
 def from_pretrained(
     path_or_id: str | os.PathLike[str],
     bits: int | None = None,
     *,
+    fit: str | float | Mapping[str, Any] | Recommendation | None = None,
     adapter: str | os.PathLike[str] | None = None,
     config: QSVFTConfig | None = None,
     adapter_name: str = "default",
@@ -57,11 +59,14 @@ def from_pretrained(
     """Load a model ready for fine-tuning, without ever holding it dense.
 
     A prepared directory loads as it is: nothing is quantised or decomposed, the factors are mapped into memory. Any
-    other checkpoint is prepared first, one matrix at a time, into a cache directory, and found there the next time.
+    other checkpoint is prepared first, one matrix at a time, into a cache directory, and found there the next time;
+    of several processes at once (``accelerate launch``) one prepares, and the others wait for it.
 
     Args:
         path_or_id: a prepared directory, a directory with a safetensors checkpoint, or a hub id of either.
         bits: 4 (NF4, the default), 8 or 16; of a prepared directory those that it holds.
+        fit: a card to fit a training step on, such as "8GiB", see :func:`prepare`. For a prepared directory only what
+            its factors leave open is chosen: gradient checkpointing, offload, how the embeddings are held.
         adapter: a trained adapter to load, a directory or a hub id, in place of a new one; it stays trainable.
         config: a whole :class:`QSVFTConfig` for a new adapter; give this or single options.
         adapter_name: name of the adapter.
@@ -87,6 +92,17 @@ def from_pretrained(
             f"from_pretrained(): the adapter {str(adapter)!r} has a config of its own; expected no other, got "
             f"{sorted({**options, **given})}. Leave them out."
         )
+    if fit is not None and (adapter is not None or config is not None):
+        raise ValueError(
+            "from_pretrained(): fit chooses what is in a config; give fit with single options, or a config or an "
+            "adapter without it"
+        )
+    switches: dict[str, Any] = {
+        "gradient_checkpointing": gradient_checkpointing,
+        "offload": offload,
+        "chunked_loss": chunked_loss,
+        "quantize_embeddings": quantize_embeddings,
+    }
     hub = {"revision": revision, "token": token}
     read = _read_config(path_or_id, hub)
     if _record(read) is None:
@@ -94,13 +110,18 @@ def from_pretrained(
         job = open_job(
             path_or_id, held if bits is None else bits, wanted, options, dtype=dtype, revision=revision, token=token
         )
-        path_or_id, hub = _prepared_in_cache(job, cache_dir, workers, chosen_device(device), progress), {}
+        if fit is not None:
+            options, switches = fitted(job.model, fit, job.bits, options, switches, progress)
+            job, fit = replace(job, given=options), None
+        path_or_id, hub = prepared_in_cache(job, cache_dir, workers, chosen_device(device), progress), {}
         read = _read_config(path_or_id, hub)
     record = _record(read) or {}
     _check_bits(path_or_id, bits, record)
     model = base_class(read).from_pretrained(
         path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub
     )
+    if fit is not None:
+        options, switches = fitted(model, fit, record["bits"], {**_fixed(record), **options}, switches, progress)
     if factors is not None:
         use_factors(model, factors)
     if config is None and adapter is None:
@@ -108,9 +129,10 @@ def from_pretrained(
     if config is not None:
         _check_factors(path_or_id, model, config)
     whole = [*(config.modules_to_save or ()), *left_whole(config)] if config is not None else []
-    check_embeddings(model, quantize_embeddings or 16, skip_modules=whole)
-    if quantize_embeddings not in (None, 16):
-        hold_embeddings(model, quantize_embeddings, skip_modules=whole)
+    held_in = switches.pop("quantize_embeddings") or 16
+    check_embeddings(model, held_in, skip_modules=whole)
+    if held_in != 16:
+        hold_embeddings(model, held_in, skip_modules=whole)
 
     def attach(frozen: nn.Module) -> nn.Module:
         if config is not None:
@@ -118,19 +140,7 @@ def from_pretrained(
         # Read on the CPU: a self-contained adapter's factors go to the card once, when it is attached.
         return PeftModel.from_pretrained(frozen, adapter, adapter_name, is_trainable=True, torch_device="cpu")
 
-    return attach_lean(
-        model,
-        attach,
-        gradient_checkpointing=gradient_checkpointing,
-        offload=offload,
-        chunked_loss=chunked_loss,
-        progress=progress,
-    )
-
-
-def default_cache() -> Path:
-    """Where prepared checkpoints are kept."""
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "qsvft")
+    return attach_lean(model, attach, progress=progress, **switches)
 
 
 # --- an ordinary checkpoint -----------------------------------------------------------------------
@@ -141,19 +151,6 @@ def _of_adapter(adapter: str | os.PathLike[str]) -> tuple[QSVFTConfig, int]:
     config = QSVFTConfig.from_pretrained(str(adapter))
     held = (config.base or {}).get("weights") or [{}]
     return config, held[0].get("bits", 4)
-
-
-def _prepared_in_cache(
-    job: Job, cache_dir: str | os.PathLike[str] | None, workers: int, device: torch.device, progress: bool
-) -> Path:
-    """The prepared directory of a job, made if it is not there yet."""
-    identity = json.dumps([job.digest, job.checkpoint.fingerprint()], sort_keys=True)
-    name = re.sub(r"[^\w.-]+", "-", Path(job.checkpoint.name).name)[:64]
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    folder = (default_cache() if cache_dir is None else Path(cache_dir)) / f"{name}-{digest}"
-    if not is_finished(folder):
-        run_job(job, job.target(folder), workers, device, progress)
-    return folder
 
 
 # --- a prepared directory -------------------------------------------------------------------------
@@ -182,6 +179,12 @@ def _recorded(record: dict[str, Any]) -> dict[str, Any]:
     """The options that a directory was prepared for."""
     adapter = record.get("adapter") or {}
     return {name: value for name, value in adapter.items() if name in FACTOR_FIELDS}
+
+
+def _fixed(record: dict[str, Any]) -> dict[str, Any]:
+    """Of the options that a directory was prepared for those that a recommendation must know."""
+    usual = QSVFTConfig().factor_options()
+    return {name: value for name, value in _recorded(record).items() if name in _LADDER or value != usual[name]}
 
 
 def base_class(config: PretrainedConfig | None) -> Any:

@@ -107,7 +107,7 @@ class Target:
         """Whether all was written but the record not removed yet; it is then."""
         left_over = is_finished(self.folder) and self.manifest() is not None
         if left_over:
-            (self.folder / MANIFEST).unlink()
+            (self.folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(self.folder / WRITING, ignore_errors=True)
         return left_over
 
@@ -214,7 +214,7 @@ class Target:
         _write_json(
             self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         )
-        (self.folder / MANIFEST).unlink()
+        (self.folder / MANIFEST).unlink(missing_ok=True)
 
 
 def is_finished(folder: str | os.PathLike[str]) -> bool:

@@ -30,6 +30,11 @@ def stored_names(folder):
     return sorted(name for file in folder.glob("*.safetensors") for name in load_file(file))
 
 
+def kept(cache):
+    """The prepared directories of a cache."""
+    return sorted(path for path in cache.iterdir() if not path.name.startswith("."))
+
+
 def factors(model):
     return {name: value.clone() for name, value in model.qsvft_factors.tensors().items()}
 
@@ -212,11 +217,11 @@ def test_a_copy_of_the_model_has_its_factors(folder, no_decomposition):
 def test_an_ordinary_checkpoint_is_prepared_once(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("QSVFT_CACHE", str(tmp_path / "cache"))
     first = loaded(llama, bits=4, rank=16)
-    kept = list((tmp_path / "cache").iterdir())
-    assert len(kept) == 1
+    found = kept(tmp_path / "cache")
+    assert len(found) == 1
     monkeypatch.setattr(qsvft.checkpoint.job.Job, "do", lambda *args: pytest.fail("prepared again"))
     second = loaded(llama, bits=4, rank=16)
-    assert list((tmp_path / "cache").iterdir()) == kept
+    assert kept(tmp_path / "cache") == found
     assert same_tensors(state(first), state(second))
 
 
@@ -232,7 +237,7 @@ def test_an_adapter_says_how_its_base_is_prepared(llama, tmp_path, monkeypatch):
 def test_other_options_and_another_source_are_kept_apart(llama, other_llama, tmp_path):
     for source, options in ((llama, {}), (llama, {"rank": 16}), (other_llama, {}), (llama, {"bits": 8})):
         loaded(source, cache_dir=tmp_path, **options)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(kept(tmp_path)) == 4
 
 
 def test_an_interrupted_preparation_in_the_cache_goes_on(llama, tmp_path, monkeypatch):
@@ -249,7 +254,51 @@ def test_an_interrupted_preparation_in_the_cache_goes_on(llama, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt, match="run the same again"):
             loaded(llama, cache_dir=tmp_path)
     loaded(llama, cache_dir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(kept(tmp_path)) == 1
+
+
+AT_ONCE = """
+import sys, torch, qsvft
+if sys.argv[3] == "first":
+    do = qsvft.checkpoint.job.Job.do
+
+    def slow(*args):
+        print("at work", flush=True)
+        if sys.stdin.readline() == "":
+            raise SystemExit("no leave to go on")
+        return do(*args)
+
+    qsvft.checkpoint.job.Job.do = slow
+else:
+    qsvft.checkpoint.job.Job.do = None
+model = qsvft.from_pretrained(sys.argv[1], rank=16, cache_dir=sys.argv[2], progress=False)
+print("loaded", sum(float(p.double().sum()) for p in model.state_dict().values()))
+"""
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_prepares_and_the_other_waits(llama, tmp_path):
+    """The second cannot prepare at all; it begins while the first is at its first matrix, and says that it waits."""
+
+    def start(which):
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", AT_ONCE, llama, tmp_path, which],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with start("first") as first:
+        assert first.stdout.readline() == "at work\n"
+        with start("second") as second:
+            waiting = next((line for line in second.stderr if "waiting for it" in line), None)
+            assert waiting is not None and str(tmp_path) in waiting
+            results = [first.communicate("\n" * 100)[0], second.communicate()[0]]
+    assert results[0].splitlines()[-1].startswith("loaded")
+    assert results[1].splitlines()[-1] == results[0].splitlines()[-1]
+    assert len(kept(tmp_path)) == 1
 
 
 HUB = """
@@ -281,7 +330,7 @@ def test_hub_ids_of_either_kind(llama, tmp_path):
         [sys.executable, "-W", "ignore", "-c", HUB], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["16", "True"] * 2, done.stderr[-2000:]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(kept(tmp_path / "cache")) == 1
 
 
 # --- damaged directories --------------------------------------------------------------------------
