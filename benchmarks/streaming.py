@@ -1,15 +1,15 @@
 """Preparing a checkpoint one matrix at a time: peak memory and time, at several sizes, and how fast the result loads.
 
     python benchmarks/streaming.py FOLDER [--layers 8 24] [--width 2048] [--rank K] [--factor-bits 4] [--json FILE]
-    python benchmarks/streaming.py FOLDER --width 4096 --layers 1 2     # layers of Llama-2-7B
+    python benchmarks/streaming.py FOLDER --width 4096 --layers 32   # of Llama-2-7B: 17 GiB of disk, half an hour
 
 Makes Llama checkpoints of random bf16 weights in FOLDER, which differ in their number of layers alone (with the
 defaults 1.1 and 2.7 GiB), and prepares each in a process of its own. Memory is what the process holds itself (RssAnon
 of Linux: pages mapped from files can be dropped at any time, and are shown beside it; with --workers the sum over
-all processes), sampled every 30 ms. Beside it
-stands what was predicted: the working set of the largest unit of work. What is asked for is a peak of at most that and
-1 GiB, the same for all sizes. The seconds that a layer more takes, times 32, are those of a whole model. Then the
-prepared directory is loaded in another process, with a new adapter.
+all processes), sampled every 30 ms. Beside it stands what was predicted: the working set of the largest unit of work.
+What is asked for is a peak of at most that and 1 GiB, the same for all sizes. Of two sizes the seconds that a layer
+more takes, times 32, are about those of a whole model. Then the prepared directory is loaded in another process, with a
+new adapter.
 """
 
 from __future__ import annotations
