@@ -31,6 +31,11 @@ def _refuse(name: str, found: object, allowed: str) -> NoReturn:
     raise ValueError(f"QSVFTConfig.{name}: expected {allowed}, got {found!r}")
 
 
+def _in_order(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Sets as sorted lists."""
+    return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()}
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -211,8 +216,11 @@ class QSVFTConfig(PeftConfig):
 
     def factor_options(self) -> dict[str, Any]:
         """The fields that weights and factors of a prepared directory depend on, as JSON has them."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in FACTOR_FIELDS}
-        return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()}
+        return _in_order({name: getattr(self, name) for name in FACTOR_FIELDS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields. Sets are in order: the same config is saved with the same bytes by every process."""
+        return _in_order(super().to_dict())
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` atomically: a crash leaves the old file whole."""

@@ -101,6 +101,13 @@ def test_a_saved_config_comes_back_equal(tmp_path, options):
     assert os.listdir(tmp_path) == ["adapter_config.json"]
 
 
+def test_names_are_saved_in_order_and_not_as_a_set_happens_to_have_them(tmp_path):
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    QSVFTConfig(target_modules=names, exclude_modules=names[::-1]).save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["target_modules"] == saved["exclude_modules"] == sorted(names)
+
+
 @pytest.mark.parametrize(("written", "read"), [({}, "auto"), ({"base": {"weights": []}}, "exact")])
 def test_without_a_decomposition_a_new_config_chooses_and_one_saved_before_there_was_a_choice_is_exact(
     tmp_path, written, read
