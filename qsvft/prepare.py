@@ -87,6 +87,8 @@ def prepare(
         raise ValueError(f"prepare(): give either config or single options, got both: {sorted(options)}")
     _refuse_prepared(model)
     if fit is not None:
+        from .memory.fit import fitting_options  # what counts a step prepares a model, and imports this file
+
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
         switches: dict[str, Any] = {
@@ -95,7 +97,7 @@ def prepare(
             "chunked_loss": chunked_loss,
             "quantize_embeddings": quantize_embeddings,
         }
-        options, switches = fitted(model, fit, bits, options, switches, progress)
+        options, switches = fitting_options(model, fit, bits, options, switches, progress)
         return prepare(model, bits, adapter_name=adapter_name, progress=progress, **switches, **options)
     config = config if config is not None else config_for(model, options)
     trained_whole = [*(config.modules_to_save or []), *left_whole(config)]
@@ -184,35 +186,6 @@ def config_for(model: nn.Module, options: dict[str, Any]) -> QSVFTConfig:
         if head is not None and hasattr(model, head):
             options.setdefault("modules_to_save", [head])
     return QSVFTConfig(**options)
-
-
-def fitted(
-    model: nn.Module, fit: object, bits: int, options: Mapping[str, Any], switches: Mapping[str, Any], progress: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What :func:`qsvft.recommend` chooses for a card.
-
-    Args:
-        model: with weights or without, in 4 bits already or not.
-        fit: see :func:`prepare`.
-        bits: how the base is to be held.
-        options: fields of :class:`QSVFTConfig` that are not to be changed.
-        switches: what :func:`prepare` was given beside them, by name; None where it was given nothing.
-        progress: show a progress bar.
-
-    Returns:
-        Options and switches.
-
-    Raises:
-        ValueError: nothing fits, or the step cannot be counted.
-    """
-    from .memory.fit import fitting_options  # what counts a step prepares a model, and imports this file
-
-    given = {name: value for name, value in switches.items() if value is not None}
-    if given.get("chunked_loss", False):
-        del given["chunked_loss"]  # the default, from which some models are exempt
-    chosen = fitting_options(model, fit, bits, {**options, **given}, progress)
-    changed = {name: chosen.pop(name, value) for name, value in switches.items()}
-    return chosen, changed
 
 
 def left_whole(config: QSVFTConfig) -> list[str]:

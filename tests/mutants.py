@@ -578,7 +578,7 @@ MUTANTS = (
     ),
     Mutant(
         "a fit that keeps only what was given",
-        "prepare.py",
+        "memory/fit.py",
         "    return chosen, changed\n",
         "    return dict(options), changed\n",
         ("test_fit.py",),
@@ -586,8 +586,8 @@ MUTANTS = (
     Mutant(
         "the factors of a prepared directory up for choice",
         "checkpoint/loading.py",
-        "{**_fixed(record), **options}",
-        "options",
+        "fixed = {**_fixed(record), **options}",
+        "fixed = options",
         ("test_fit.py",),
     ),
     Mutant(

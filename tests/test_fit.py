@@ -159,11 +159,10 @@ def test_a_checkpoint_is_prepared_as_the_card_asks(llama, rungs, tmp_path, place
 def test_a_prepared_directory_keeps_its_factors_and_fits_with_what_is_open(llama, tmp_path):
     options = {"rank": 64, "factor_bits": 8}
     folder = qsvft.prepare_checkpoint(llama, tmp_path / "p", dtype="bfloat16", progress=False, **options)
+    lean = qsvft.recommend(load(llama), 8, TOKENS, **options, gradient_checkpointing=True, quantize_embeddings=4)
     found = {}
-    for size in ("large", "small"):
-        # Under what the lean settings need nothing would fit; the rank and the factors are not up for choice.
-        lean = qsvft.recommend(load(llama), 8, TOKENS, **options, gradient_checkpointing=True, quantize_embeddings=4)
-        fit = {"card_gib": 24 if size == "large" else lean.needed_bytes / GIB, "seq_len": TOKENS}
+    for size, card in (("large", 24), ("small", lean.needed_bytes / GIB)):
+        fit = {"card_gib": card, "seq_len": TOKENS}
         found[size] = described(qsvft.from_pretrained(folder, fit=fit, progress=False))
         assert {name: found[size][name] for name in options} == options
     assert not found["large"]["checkpointing"] and not found["large"]["vocabulary"]

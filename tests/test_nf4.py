@@ -61,7 +61,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
         assert torch.equal(found[0].quant_state.state2.absmax, other.quant_state.state2.absmax)
 
 
-def test_the_offset_is_the_maxima_s_mean_rounded_once():
+def test_the_offset_is_the_mean_of_the_maxima_rounded_once():
     """Sums in fp32 come out a last bit higher or lower for some of these."""
     for _ in range(20):
         weight = torch.randn(256, 256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -14,7 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..factor_files import FactorFiles
-from ..prepare import attach_lean, config_for, fitted, left_whole
+from ..memory.fit import fitting_options
+from ..memory.ladder import STEPS
+from ..memory.recommend import Recommendation
+from ..prepare import attach_lean, config_for, left_whole
 from ..tuner.config import FACTOR_FIELDS, QSVFTConfig
 from ..tuner.targets import check_targets, groups_of
 from ..use_factors import use_factors
@@ -25,12 +28,6 @@ from .job import chosen_dtype, open_job
 from .plan import stored_forms
 from .quantizer import METHOD
 from .streaming import chosen_device
-
-if TYPE_CHECKING:
-    from ..memory.recommend import Recommendation
-
-_LADDER = ("rank", "factor_bits")
-"""The fields of a config that a recommendation changes."""
 
 
 def from_pretrained(
@@ -111,7 +108,7 @@ def from_pretrained(
             path_or_id, held if bits is None else bits, wanted, options, dtype=dtype, revision=revision, token=token
         )
         if fit is not None:
-            options, switches = fitted(job.model, fit, job.bits, options, switches, progress)
+            options, switches = fitting_options(job.model, fit, job.bits, options, switches, progress)
             job, fit = replace(job, given=options), None
         path_or_id, hub = prepared_in_cache(job, cache_dir, workers, chosen_device(device), progress), {}
         read = _read_config(path_or_id, hub)
@@ -121,7 +118,8 @@ def from_pretrained(
         path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub
     )
     if fit is not None:
-        options, switches = fitted(model, fit, record["bits"], {**_fixed(record), **options}, switches, progress)
+        fixed = {**_fixed(record), **options}
+        options, switches = fitting_options(model, fit, record["bits"], fixed, switches, progress)
     if factors is not None:
         use_factors(model, factors)
     if config is None and adapter is None:
@@ -183,8 +181,8 @@ def _recorded(record: dict[str, Any]) -> dict[str, Any]:
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:
     """Of the options that a directory was prepared for those that a recommendation must know."""
-    usual = QSVFTConfig().factor_options()
-    return {name: value for name, value in _recorded(record).items() if name in _LADDER or value != usual[name]}
+    usual, changed = QSVFTConfig().factor_options(), {step.option for step in STEPS}
+    return {name: value for name, value in _recorded(record).items() if name in changed or value != usual[name]}
 
 
 def base_class(config: PretrainedConfig | None) -> Any:

@@ -79,9 +79,10 @@ class Target:
             yield
         finally:
             shutil.rmtree(self.folder / WRITING, ignore_errors=True)
-            lock.release()
+            # While it is held: afterwards the file may be another process's lock.
             with suppress(OSError):
                 (self.folder / LOCK).unlink()
+            lock.release()
 
     def manifest(self) -> dict[str, Any] | None:
         """What is being prepared here, None if nothing is."""

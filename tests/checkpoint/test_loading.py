@@ -258,7 +258,7 @@ def test_an_interrupted_preparation_in_the_cache_goes_on(llama, tmp_path, monkey
 
 
 AT_ONCE = """
-import sys, torch, qsvft
+import sys, qsvft
 if sys.argv[3] == "first":
     do = qsvft.checkpoint.job.Job.do
 
