@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from qsvft.basis import Basis
-from qsvft.factors import StoredBasis, make_bases, measured_scale
-from qsvft.functional import input_side_update
-from qsvft.hadamard import HadamardBasis
-from qsvft.patterns import banded
-from qsvft.stored import StoredMatrix
+from qsvft.maths.basis import Basis
+from qsvft.maths.hadamard import HadamardBasis
+from qsvft.maths.patterns import banded
+from qsvft.maths.updates import input_side_update
+from qsvft.storage.factors import StoredBasis, make_bases, measured_scale
+from qsvft.storage.stored_matrix import StoredMatrix
 
 HELD = {"singular, bf16": 16, "singular, int8": 8, "singular, NF4": 4, "hadamard": None}
 

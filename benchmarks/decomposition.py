@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from qsvft.decomposition import EXACT, Method, decompose, shared_directions, small_side
-from qsvft.factors import StoredBasis, measured_scale
-from qsvft.patterns import banded
-from qsvft.stored import StoredMatrix
-from qsvft.subspace import leading_directions
+from qsvft.maths.decomposition import EXACT, Method, decompose, shared_directions, small_side
+from qsvft.maths.patterns import banded
+from qsvft.maths.subspace import leading_directions
+from qsvft.storage.factors import StoredBasis, measured_scale
+from qsvft.storage.stored_matrix import StoredMatrix
 
 FLOAT32 = Method(dtype=torch.float32)
 RANDOMIZED = Method(randomized=True)

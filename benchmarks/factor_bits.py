@@ -24,9 +24,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qsvft.decomposition import decompose
-from qsvft.patterns import banded
-from qsvft.stored import StoredMatrix
+from qsvft.maths.decomposition import decompose
+from qsvft.maths.patterns import banded
+from qsvft.storage.stored_matrix import StoredMatrix
 
 Rounding = Callable[[Tensor], tuple[Tensor, float]]
 

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from qsvft.factors import make_bases, measured_scale
-from qsvft.functional import bounded_inverse, sparse_update, two_sided_update
-from qsvft.patterns import Pattern, banded
+from qsvft.maths.patterns import Pattern, banded
+from qsvft.maths.updates import bounded_inverse, sparse_update, two_sided_update
+from qsvft.storage.factors import make_bases, measured_scale
 
 
 def language_model_like(size: int, generator: torch.Generator) -> Tensor:

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 from vocabulary import finetune, logits_and_loss, text_batches
 
 import qsvft
-from qsvft.residual import residual_linear
-from qsvft.weights import dense_weight
+from qsvft.storage.residual import residual_linear
+from qsvft.storage.weights import dense_weight
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 BITS = {16: "bf16", 8: "int8", 4: "NF4"}

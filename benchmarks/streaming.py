@@ -115,8 +115,8 @@ def resident() -> dict[str, int]:
 
 
 def prepare(source: str, target: str, options: dict, workers: int) -> dict[str, float]:
-    from qsvft.checkpoint.job import open_job
-    from qsvft.checkpoint.streaming import chosen_device, run_job
+    from qsvft.checkpoint.making.job import open_job
+    from qsvft.checkpoint.making.streaming import chosen_device, run_job
 
     before = resident()["RssAnon"]
     start = time.perf_counter()

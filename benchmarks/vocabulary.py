@@ -30,8 +30,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from transformers.utils import logging as transformers_logging
 
 import qsvft
-from qsvft.stored import StoredMatrix
-from qsvft.vocabulary import quantize_embeddings
+from qsvft.lean.vocabulary import quantize_embeddings
+from qsvft.storage.stored_matrix import StoredMatrix
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import finetune

@@ -7,13 +7,16 @@
 Importing this package registers the method with PEFT.
 """
 
-from . import import_notices as import_notices  # before anything imports bitsandbytes
-from .checkpoint.loading import from_pretrained
-from .checkpoint.streaming import prepare_checkpoint
-from .chunked_loss import disable_chunked_loss, enable_chunked_loss
+from .storage import bitsandbytes_notices as bitsandbytes_notices  # before anything imports bitsandbytes
+
+# isort: split
+from .checkpoint.making.streaming import prepare_checkpoint
+from .lean import vocabulary as vocabulary
+from .lean.chunked_loss import disable_chunked_loss, enable_chunked_loss
+from .loading import from_pretrained
 from .memory import MemoryReport, Recommendation, describe, held_bytes, profile, recommend
 from .prepare import prepare
-from .quantization import quantize
+from .storage.quantization import quantize
 from .tuner import QSVFTConfig, QSVFTModel
 from .use_factors import use_factors
 from .version import __version__

@@ -10,18 +10,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import vocabulary
-from .activations import lean_norms
-from .checkpoint.quantizer import mark_prepared
-from .chunked_loss import chunked_loss_obstacle, enable_chunked_loss
-from .offload import offload_checkpoints
-from .quantization import quantize
+from .checkpoint.prepared.quantizer import mark_prepared
+from .lean import vocabulary
+from .lean.chunked_loss import chunked_loss_obstacle, enable_chunked_loss
+from .lean.norms import lean_norms
+from .lean.offload import offload_checkpoints
+from .storage.quantization import quantize
 from .tuner.config import QSVFTConfig
 from .tuner.model import progress_bars
 from .tuner.targets import check_targets
 
 if TYPE_CHECKING:
-    from .memory.recommend import Recommendation
+    from .memory.fit.recommend import Recommendation
 
 _TASKS = {
     "ForCausalLM": TaskType.CAUSAL_LM,
@@ -87,7 +87,7 @@ def prepare(
         raise ValueError(f"prepare(): give either config or single options, got both: {sorted(options)}")
     _refuse_prepared(model)
     if fit is not None:
-        from .memory.fit import fitting_options  # what counts a step prepares a model, and imports this file
+        from .memory.fit.options import fitting_options  # what counts a step prepares a model, and imports this file
 
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")

@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .factor_files import FactorFiles
-from .tensor_files import TensorFiles
+from .storage.factor_files import FactorFiles
+from .storage.tensor_files import TensorFiles
+from .storage.weights import check_weight, dense_weight
 from .tuner.form import is_shared
-from .weights import check_weight, dense_weight
 
 TOLERANCE = 1e-2
 """How much a weight may differ from the one that the factors are of, relative to its Frobenius norm."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import qsvft
-from qsvft import decomposition
-from qsvft.factor_files import factor_tensors, length_tensors
-from qsvft.factors import measured_scale
+from qsvft.maths import decomposition
+from qsvft.storage.factor_files import factor_tensors, length_tensors
+from qsvft.storage.factors import measured_scale
 from qsvft.tuner import QSVFTLinear
 
 

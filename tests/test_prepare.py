@@ -398,7 +398,7 @@ def test_progress_is_shown_unless_it_is_switched_off(llama, shown, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr("qsvft.quantization.tqdm", Bar)
+    monkeypatch.setattr("qsvft.storage.quantization.tqdm", Bar)
     monkeypatch.setattr("qsvft.tuner.model.tqdm", Bar)
     qsvft.prepare(load(llama), bits=4, progress=shown)
     assert bars == [("quantising to 4 bits", shown), ("decomposing", shown)]
@@ -439,7 +439,7 @@ def test_lean_options_change_no_gradient_beyond_rounding(llama):
     """Chunked loss, lean norms, sliced products and offloaded checkpoints compute what the plain ones compute."""
     lean = step_gradients(randomize(qsvft.prepare(load(llama), bits=4, offload=True)))
     model = randomize(qsvft.prepare(load(llama), bits=4, gradient_checkpointing=False, chunked_loss=False))
-    plain = step_gradients(qsvft.activations.plain_norms(model))
+    plain = step_gradients(qsvft.lean.norms.plain_norms(model))
     for name, gradient in plain.items():
         assert (lean[name] - gradient).norm() <= 0.05 * gradient.norm(), name
 

@@ -20,12 +20,12 @@ from cases import BATCH_SIZE, FACTORED, Plan
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qsvft import factors
-from qsvft.decomposition import Decomposition
+from qsvft.maths.decomposition import Decomposition
 from qsvft.memory.methods import Method
 from qsvft.memory.scenario import Scenario
 from qsvft.memory.step import make_optimizer
 from qsvft.prepare import enable_checkpointing
+from qsvft.storage import factors
 from qsvft.tuner import layer as adapted
 from qsvft.tuner.probe import SIZE
 

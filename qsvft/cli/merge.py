@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..checkpoint.merging import merge_adapter
+from ..merging import merge_adapter
 from .errors import bad_input
 from .quiet import quiet
 

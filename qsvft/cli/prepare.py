@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checkpoint.job import Job, open_job
-from ..checkpoint.streaming import PreparationInterrupted, chosen_device, run_job
-from ..decomposition import DECOMPOSITIONS
+from ..checkpoint.making.job import Job, open_job
+from ..checkpoint.making.streaming import PreparationInterrupted, chosen_device, run_job
+from ..maths.decomposition import DECOMPOSITIONS
 from ..tuner.config import BASES, SIDES
 from .errors import bad_input, complain
 from .quiet import quiet

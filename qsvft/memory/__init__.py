@@ -1,11 +1,11 @@
 """The memory of a training step, predicted: ``qsvft.profile`` and what it is made of."""
 
 from .description import Description, describe
+from .fit.recommend import Recommendation, recommend
 from .held import held_bytes
 from .methods import DEFAULT_METHODS, METHODS, Method, parse_method
 from .presets import PRESETS
 from .profiler import profile
-from .recommend import Recommendation, recommend
 from .report import CARDS_GIB, Measurement, MemoryReport, Row
 
 __all__ = [

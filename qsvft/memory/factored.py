@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..quantization import partition_linears
+from ..storage.quantization import partition_linears
 
 
 class FactoredLinear(nn.Module):

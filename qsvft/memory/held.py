@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..vocabulary import QuantizedModule, vocabulary_of
+from ..lean.vocabulary import QuantizedModule, vocabulary_of
 
 BASE, STATE = "base weights", "quantisation state"
 VOCABULARY, SMALL, WEIGHTS = "embeddings and head", "norms and biases", "other weights"

@@ -1,7 +1,7 @@
 """The methods that the profiler compares, each built through its own package.
 
 A method is written ``name``, ``name:64`` (a rank) or ``name:key=value,key=value``. Every method takes
-``chunked_loss=true`` (see :mod:`qsvft.loss`); qsvft has it unless told otherwise.
+``chunked_loss=true`` (see :mod:`qsvft.lean.cross_entropy`); qsvft has it unless told otherwise.
 
 ===============  ==============================================================================
 floor            NF4 base, no adapter: what no method can beat
@@ -38,13 +38,13 @@ from peft.tuners.boft.layer import BOFTLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..activations import lean_norms
-from ..chunked_loss import enable_chunked_loss
-from ..offload import offload_checkpoints
-from ..quantization import quantize
-from ..shapes_only import shapes_only
+from ..lean.chunked_loss import enable_chunked_loss
+from ..lean.norms import lean_norms
+from ..lean.offload import offload_checkpoints
+from ..lean.vocabulary import quantize_embeddings
+from ..storage.quantization import quantize
+from ..storage.shapes_only import shapes_only
 from ..tuner.config import QSVFTConfig
-from ..vocabulary import quantize_embeddings
 from .factored import factor_linears
 from .shapes import nf4_on_meta
 

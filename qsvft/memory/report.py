@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .ledger import CATEGORIES, PHASES, Event, Ledger
 
 if TYPE_CHECKING:
-    from .recommend import Recommendation
+    from .fit.recommend import Recommendation
 
 GIB = 2**30
 CARDS_GIB: tuple[float, ...] = (8, 12, 16, 24)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..patterns import IndexPattern
+from ..maths.patterns import IndexPattern
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .probe import OTHER_FACTORS, TOLERANCE, content_digest

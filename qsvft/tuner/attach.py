@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import patterns
-from ..basis import Basis
-from ..decomposition import chosen_method
-from ..factors import StoredBasis
-from ..residual import ResidualLinear, residual_linear
+from ..maths import patterns
+from ..maths.basis import Basis
+from ..maths.decomposition import chosen_method
+from ..storage.factors import StoredBasis
+from ..storage.residual import ResidualLinear, residual_linear
 from .config import QSVFTConfig
 from .form import Form
 from .targets import shape_of

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..basis import Basis
-from ..decomposition import Sides
-from ..factor_files import FactorSource
-from ..factors import StoredBasis, make_bases, make_shared_basis
-from ..hadamard import HadamardBasis
-from ..last_input import LastInput
-from ..residual import ResidualLinear
+from ..maths.basis import Basis
+from ..maths.decomposition import Sides
+from ..maths.hadamard import HadamardBasis
+from ..maths.last_input import LastInput
+from ..storage.factor_files import FactorSource
+from ..storage.factors import StoredBasis, make_bases, make_shared_basis
+from ..storage.residual import ResidualLinear
 from .config import QSVFTConfig
 from .form import Form, plain_key
-from .shared import InputGroup
+from .groups import InputGroup
 from .sources import NOWHERE, Sources
 
 if TYPE_CHECKING:

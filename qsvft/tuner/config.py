@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ..decomposition import DECOMPOSITIONS
-from ..factor_files import FactorFiles
-from ..patterns import PATTERNS
-from ..stored import STORED_BITS
+from ..maths.decomposition import DECOMPOSITIONS
+from ..maths.patterns import PATTERNS
+from ..storage.factor_files import FactorFiles
+from ..storage.stored_matrix import STORED_BITS
 from .files import check_adapter_directory, weights_file
 from .registration import QSVFT
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..decomposition import EXACT, Method, chosen_method, small_side
-from ..residual import ResidualLinear
+from ..maths.decomposition import EXACT, Method, chosen_method, small_side
+from ..storage.residual import ResidualLinear
 from .config import QSVFTConfig
 
 HELD = {16: "bf16", 8: "int8", 4: "nf4"}
@@ -26,7 +26,7 @@ HELD = {16: "bf16", 8: "int8", 4: "nf4"}
 
 @dataclass(frozen=True)
 class Form:
-    """One of the maps of :mod:`qsvft.functional`, with the keys of the bases it reads and writes through.
+    """One of the maps of :mod:`qsvft.maths.updates`, with the keys of the bases it reads and writes through.
 
     Attributes:
         kind: the map.

@@ -27,23 +27,23 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .. import patterns
-from ..autocast import in_compute_dtype
-from ..basis import Basis
-from ..factor_files import FactorSource
-from ..factors import measured_scale
-from ..finite import all_finite
-from ..functional import bounded_inverse, coefficients_of, input_side_update, output_side_update, two_sided_update
-from ..nf4_product import slice_products
-from ..residual import ResidualLinear
-from ..weights import check_weight, dense_layer, dense_weight, product_without_bias, read_through, weight_digest
+from ..maths import patterns
+from ..maths.autocast import in_compute_dtype
+from ..maths.basis import Basis
+from ..maths.updates import bounded_inverse, coefficients_of, input_side_update, output_side_update, two_sided_update
+from ..storage.factor_files import FactorSource
+from ..storage.factors import measured_scale
+from ..storage.finite import all_finite
+from ..storage.nf4_product import slice_products
+from ..storage.residual import ResidualLinear
+from ..storage.weights import check_weight, dense_layer, dense_weight, product_without_bias, read_through, weight_digest
 from .attach import choose_pattern, residual_base
 from .bases import hold_bases
 from .config import QSVFTConfig
 from .form import Form, form_of, plain_key
+from .groups import InputGroup
 from .parameter import Float32Parameter
 from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_difference, sketch, times_transpose
-from .shared import InputGroup
 from .sources import NOWHERE, Sources
 from .targets import rank_of, shape_of
 

@@ -12,18 +12,18 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from ..activations import plain_norms
-from ..chunked_loss import disable_chunked_loss
-from ..factor_names import parse_name
-from ..offload import stop_offloading
-from ..quantization import dequantize, disable_cpu_repacking
+from ..lean.chunked_loss import disable_chunked_loss
+from ..lean.norms import plain_norms
+from ..lean.offload import stop_offloading
+from ..lean.vocabulary import dequantize_vocabulary
+from ..storage.factor_names import parse_name
+from ..storage.quantization import dequantize, disable_cpu_repacking
+from ..storage.weights import HeldLinear, describe_base
 from ..version import __version__
-from ..vocabulary import dequantize_vocabulary
-from ..weights import HeldLinear, describe_base
 from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
+from .groups import InputGroup
 from .layer import QSVFTLinear
-from .shared import InputGroup
 from .sources import NOWHERE, Sources
 from .targets import all_linear, check_targets, groups_of
 

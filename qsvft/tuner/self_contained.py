@@ -1,8 +1,8 @@
 """A self-contained adapter (``include_factors=True``) carries its factors in adapter_model.safetensors.
 
-Beside each layer's records stand, under the names of :mod:`qsvft.factor_names`: its bases (one that layers share
-once, with as many directions as any of them reads), the scale 1/s of a one-sided form as it was trained with, and
-a sketch of the weight that the factors are of. Nothing of the Hadamard basis is stored.
+Beside each layer's records stand, under the names of :mod:`qsvft.storage.factor_names`: its bases (one that
+layers share once, with as many directions as any of them reads), the scale 1/s of a one-sided form as it was trained
+with, and a sketch of the weight that the factors are of. Nothing of the Hadamard basis is stored.
 
 Attaching maps the factors into memory from the file. PEFT itself reads the whole file to its ``torch_device`` before
 it hands the state dict over: on a small card load with ``torch_device="cpu"``.
@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..factor_names import PARTS, SCALE, SKETCH, FactorName, adapter_tensors, factor_tensors, parse_name
-from ..factors import StoredBasis
+from ..storage.factor_names import PARTS, SCALE, SKETCH, FactorName, adapter_tensors, factor_tensors, parse_name
+from ..storage.factors import StoredBasis
 from .form import plain_key
 from .layer import QSVFTLinear
 from .probe import content_digest, weight_sketch

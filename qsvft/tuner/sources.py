@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..factor_files import FactorFiles, FactorSource
-from ..factors import StoredBasis
+from ..storage.factor_files import FactorFiles, FactorSource
+from ..storage.factors import StoredBasis
 from .probe import SIZE, TOLERANCE, relative_difference, weight_sketch
 
 

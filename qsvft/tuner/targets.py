@@ -11,10 +11,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..residual import ResidualLinear
-from ..weights import HeldLinear, check_weight
+from ..storage.residual import ResidualLinear
+from ..storage.weights import HeldLinear, check_weight
 from .config import QSVFTConfig
-from .shared import InputGroup, input_groups
+from .groups import InputGroup, input_groups
 
 
 def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[str] = ()) -> list[str]:

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import qsvft
-from qsvft import decomposition
 from qsvft.cli.main import app
+from qsvft.maths import decomposition
 
 
 def run(*arguments):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import qsvft
-from qsvft.checkpoint import job
+from qsvft.checkpoint.making import job
 from qsvft.cli.main import app
 
 

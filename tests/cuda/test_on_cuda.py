@@ -9,8 +9,8 @@ from small_models import coefficients, load, logits, randomize, same_tensors, to
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import qsvft
+from qsvft.storage.weights import dense_weight
 from qsvft.tuner import QSVFTLinear
-from qsvft.weights import dense_weight
 
 DEVICE = "cuda"
 pytestmark = [

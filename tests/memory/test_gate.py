@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsvft.factors import StoredBasis
+from qsvft.storage.factors import StoredBasis
 from qsvft.tuner.layer import QSVFTLinear
 
 GATE = Path(__file__).parents[2] / "benchmarks" / "memory" / "gate.py"

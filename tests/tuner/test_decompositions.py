@@ -11,8 +11,9 @@ from small_models import coefficients, load, logits, randomize, same_tensors
 from torch import nn
 
 import qsvft
-from qsvft import QSVFTConfig, subspace
-from qsvft.decomposition import EXACT, Method, decompose, shared_directions
+from qsvft import QSVFTConfig
+from qsvft.maths import subspace
+from qsvft.maths.decomposition import EXACT, Method, decompose, shared_directions
 from qsvft.tuner import QSVFTLinear
 from qsvft.tuner.form import form_of
 

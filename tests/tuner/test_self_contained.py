@@ -20,8 +20,8 @@ from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
 import qsvft
 from qsvft import QSVFTConfig
-from qsvft.factor_names import parse_name
-from qsvft.factors import StoredBasis
+from qsvft.storage.factor_names import parse_name
+from qsvft.storage.factors import StoredBasis
 from qsvft.tuner.files import weights_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -22,8 +22,8 @@ from stored_models import (
 
 import qsvft
 from qsvft import QSVFTConfig
-from qsvft.factor_files import FactorFiles
-from qsvft.factors import StoredBasis
+from qsvft.storage.factor_files import FactorFiles
+from qsvft.storage.factors import StoredBasis
 
 WEIGHTS = "adapter_model.safetensors"
 OPTIONS = {
@@ -376,7 +376,7 @@ def test_use_factors_refuses_an_ordinary_checkpoint(llama):
 
 
 def test_use_factors_refuses_residual_weights(llama, tmp_path):
-    from qsvft.factor_files import residual_tensors
+    from qsvft.storage.factor_files import residual_tensors
 
     factors = residual_tensors("model.layers.0.mlp.up_proj", "V_bf16_original", torch.ones(64))
     folder = write(tmp_path, base(llama), factors)

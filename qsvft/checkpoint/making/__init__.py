@@ -1,0 +1,1 @@
+"""Units of work, and the directory that they go into."""

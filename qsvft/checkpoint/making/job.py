@@ -1,0 +1,151 @@
+"""A checkpoint with what is to be made of it: everything that a process needs to do units of the plan."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...prepare import check_residual, config_for, left_whole
+from ...storage.quantization import BITS
+from ...tuner.config import QSVFTConfig
+from ..source.architecture import FLOATS
+from ..source.checkpoint import Checkpoint, first_few, open_checkpoint
+from ..source.names import Names, empty_model, pieces_of
+from .directory import Record, Target
+from .plan import Options, Unit, plan_digest, plan_units
+from .work import finish_unit
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to prepare. Pickled as its fields; model and plan are made where they are needed.
+
+    Attributes:
+        checkpoint: the source.
+        bits: 4, 8 or 16.
+        config: for which adapters, None for the default of ``given``.
+        given: single options of a :class:`~qsvft.QSVFTConfig`.
+        dtype: of the weights before they are quantised; None as the checkpoint has them.
+    """
+
+    checkpoint: Checkpoint
+    bits: int = 4
+    config: QSVFTConfig | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on the meta device."""
+        return empty_model(self.checkpoint, self.dtype)
+
+    @cached_property
+    def options(self) -> Options:
+        """All that decides the result.
+
+        Raises:
+            ValueError: bits or an option out of range.
+        """
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be 4 (NF4), 8 (int8) or 16 (the weights as they are), got {self.bits!r}")
+        if self.config is not None and self.given:
+            raise ValueError(f"give either config or single options, got both: {sorted(self.given)}")
+        config = self.config if self.config is not None else config_for(self.model, dict(self.given))
+        check_residual(config, self.bits)
+        config = replace(config, pattern="plain")  # which entries of M train is a matter of each adapter
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return Options(self.bits, config, dtype, tuple(left_whole(config)))
+
+    @cached_property
+    def names(self) -> Names:
+        """How the checkpoint's keys give the model's tensors."""
+        return pieces_of(self.checkpoint, self.model)
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """The plan."""
+        return plan_units(self.model, self.names.pieces, self.options)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the plan."""
+        return plan_digest(self.units, self.options)
+
+    def target(self, folder: Any) -> Target:
+        """The directory for it."""
+        return Target(folder, [unit.name for unit in self.units], self.digest)
+
+    def do(self, number: int, target: Target, device: torch.device) -> Record:
+        """Do one unit and write it.
+
+        Raises:
+            ValueError: NaN or Inf in a weight; the source changed meanwhile.
+            OSError: reading or writing failed.
+        """
+        tensors, source = finish_unit(self.units[number], self.checkpoint, self.model, self.options, device)
+        self.checkpoint.check_unchanged()
+        record = target.write(number, tensors, source)
+        del tensors
+        _give_memory_back()
+        return record
+
+
+def open_job(
+    source: str | os.PathLike[str],
+    bits: int,
+    config: QSVFTConfig | None,
+    options: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Job:
+    """Open a checkpoint, and check everything that can be checked before work begins; see :func:`prepare_checkpoint`.
+
+    Raises:
+        ValueError: what cannot be prepared, or not with these options.
+    """
+    checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, token=token)
+    job = Job(checkpoint, bits, config, dict(options), chosen_dtype(dtype))
+    if not job.units:
+        raise ValueError(f"{checkpoint.name}: found no tensors of {type(job.model).__name__}, expected its weights")
+    if job.names.unknown:
+        logger.warning(
+            "%s: left out %d tensors that %s does not have: %s",
+            *(checkpoint.name, len(job.names.unknown), type(job.model).__name__, first_few(job.names.unknown)),
+        )
+    return job
+
+
+def chosen_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype of its name; None for "auto"."""
+    if dtype in (None, "auto"):
+        return None
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in FLOATS:
+        raise ValueError(f"dtype: expected 'auto', 'bfloat16', 'float16' or 'float32', got {dtype!r}")
+    assert isinstance(chosen, torch.dtype)
+    return chosen
+
+
+def _give_memory_back() -> None:
+    """glibc keeps freed heap for itself; the next matrix may need larger pieces than those."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,309 @@
+"""What preparing a checkpoint consists of: units of work, each finished and written by itself.
+
+A unit is one linear layer, or the layers that share one V (q, k and v; gate and up), or what is copied as it
+is: one large weight (embeddings, head), or all the small ones (norms, biases) together. The plan follows from
+the model's shapes and the options alone, so that whoever resumes comes to the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...maths.decomposition import Sides
+from ...storage.factors import needed_sides
+from ...storage.quantization import partition_linears
+from ...storage.shapes_only import BLOCK, NESTED_BLOCK, shapes_only
+from ...storage.stored_matrix import StoredMatrix
+from ...tuner.config import QSVFTConfig
+from ...tuner.form import Form, form_of
+from ...tuner.groups import InputGroup
+from ...tuner.targets import check_targets, groups_of, rank_of, shape_of
+from ..source.names import Piece
+
+SMALL_BYTES = 4 * 2**20
+"""Weights that are copied as they are and larger than this have a file of their own."""
+
+_TABLES = 4 * (16 + 256) + 256  # NF4's and the nested code, and a quantisation state in JSON
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the result, beside the checkpoint.
+
+    Attributes:
+        bits: 4, 8 or 16, how the base is held.
+        config: of the adapters that the factors are for.
+        dtype: of the weights before they are quantised, by name.
+        left_whole: heads that are trained whole for the task, and left as they are.
+    """
+
+    bits: int
+    config: QSVFTConfig
+    dtype: str
+    left_whole: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: bits, dtype and the fields of the config that count."""
+        return {"bits": self.bits, "dtype": self.dtype, "adapter": self.config.factor_options()}
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer of the model.
+
+    Attributes:
+        name: in the model.
+        shape: (outputs, inputs).
+        held: "quantised", "residual" (NF4 of what the directions leave) or "dense" (as it was).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    held: str
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """A form whose bases are stored: what an adapter of this config reads at these layers.
+
+    Attributes:
+        form: the map and the keys of its bases.
+        rank: k.
+        layers: the layers that read them.
+        members: all layers whose weights are decomposed together: one, or those of a group.
+        residual: whether the directions are taken out of the weight.
+    """
+
+    form: Form
+    rank: int
+    layers: tuple[str, ...]
+    members: tuple[str, ...]
+    residual: bool = False
+
+    @property
+    def owner(self) -> str:
+        """Under which module's name the bases are stored: the layer, or the parent of a group's layers."""
+        return self.layers[0].rpartition(".")[0] if self.form.group is not None else self.layers[0]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is read, computed and written together.
+
+    Attributes:
+        name: of the unit, for people.
+        pieces: what is read from the checkpoint.
+        tensors: the model's tensors that it is responsible for.
+        layers: the linear layers among them.
+        stored: what is decomposed.
+        cost: about how many floating point operations it takes.
+        nbytes: about how many bytes are written.
+        working_set: about how many bytes of memory it takes at its peak, beside what is mapped from the source.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...]
+    tensors: tuple[str, ...]
+    layers: tuple[LinearLayer, ...] = ()
+    stored: tuple[StoredForm, ...] = ()
+    cost: float = 0.0
+    nbytes: int = 0
+    working_set: int = 0
+
+
+def plan_units(model: PreTrainedModel, pieces: Sequence[Piece], options: Options) -> list[Unit]:
+    """Divide the work.
+
+    Args:
+        model: on the meta device.
+        pieces: how each of its tensors is read.
+        options: what decides the result.
+
+    Raises:
+        ValueError: what :func:`qsvft.prepare` raises for targets and ranks that do not fit the model.
+    """
+    of_target = {target: piece for piece in pieces for target in piece.targets}
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
+    with shapes_only():
+        targets = check_targets(model, options.config, options.left_whole)
+    layers = _linear_layers(model, targets, options)
+    groups = groups_of(model, options.config, targets) if options.config.basis == "singular" else {}
+    forms = stored_forms(model, options.config, targets, groups)
+    units = [
+        _unit(
+            [layers[member] for member in members],
+            [form for form in forms if form.members == members],
+            options,
+            of_target,
+            sizes,
+        )
+        for members in dict.fromkeys(groups[name].members if name in groups else (name,) for name in layers)
+    ]
+    taken = {tensor for unit in units for tensor in unit.tensors}
+    return [*units, *_copies(pieces, taken, sizes)]
+
+
+def plan_digest(units: Sequence[Unit], options: Options) -> str:
+    """SHA-256 of a plan: the same for everyone who resumes it."""
+    text = json.dumps([options.record(), [asdict(unit) for unit in units]], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- linear layers --------------------------------------------------------------------------------
+
+
+def _linear_layers(model: PreTrainedModel, targets: Sequence[str], options: Options) -> dict[str, LinearLayer]:
+    """The linear layers that are more than copied, by name, in the model's order."""
+    skip = [*(options.config.modules_to_save or ()), *options.left_whole]
+    quantised = set() if options.bits == 16 else set(partition_linears(model, skip)[0])
+    found = {}
+    for name, module in model.named_modules():
+        if name in targets or name in quantised:
+            residual = options.config.residual and name in targets
+            held = "residual" if residual else "quantised" if name in quantised else "dense"
+            found[name] = LinearLayer(name, shape_of(module, name), held)
+    return found
+
+
+def stored_forms(
+    model: PreTrainedModel, config: QSVFTConfig, targets: Sequence[str], groups: Mapping[str, InputGroup]
+) -> list[StoredForm]:
+    """What is decomposed for a config.
+
+    Args:
+        model: on meta or not, without adapters.
+        config: of the adapters.
+        targets: the layers it means.
+        groups: those that share an input, by each member's name.
+    """
+    if config.basis == "hadamard":
+        return []
+    # Members of a group may differ in rank: a basis has directions enough for all that read it.
+    found: dict[tuple[Form, tuple[str, ...]], tuple[int, tuple[str, ...]]] = {}
+    for name in targets:
+        shape, group = shape_of(model.get_submodule(name), name), groups.get(name)
+        members = (name,) if group is None else group.members
+        rank = rank_of(config, name, shape, group)
+        form = form_of(config, shape, rank, *((group.name, group.limit) if group is not None else ()))
+        key = form, members
+        most, readers = found.get(key, (0, ()))
+        found[key] = (max(most, rank), (*readers, name))
+    residual = config.residual
+    return [StoredForm(form, rank, readers, members, residual) for (form, members), (rank, readers) in found.items()]
+
+
+def _unit(
+    layers: Sequence[LinearLayer],
+    forms: Sequence[StoredForm],
+    options: Options,
+    of_target: dict[str, Piece],
+    sizes: dict[str, int],
+) -> Unit:
+    tensors = [f"{layer.name}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+    tensors = [name for name in tensors if name in of_target]
+    parent = layers[0].name.rpartition(".")[0]
+    leaves = "_".join(layer.name.rpartition(".")[2] for layer in layers)
+    shapes = {layer.name: layer.shape for layer in layers}
+    written = sum(_weight_bytes(layer, options.bits, sizes[f"{layer.name}.weight"]) for layer in layers)
+    written += sum(sizes[name] for name in tensors if name.endswith(".bias"))
+    factors = sum(_factor_bytes(form, shapes, options.config) for form in forms)
+    dense = sum(sizes[f"{layer.name}.weight"] for layer in layers)
+    return Unit(
+        name=f"{parent}.{leaves}".lstrip("."),
+        pieces=tuple(dict.fromkeys(of_target[name] for name in tensors)),
+        tensors=tuple(tensors),
+        layers=tuple(layers),
+        stored=tuple(forms),
+        cost=sum(_read_cost(m * n) for m, n in shapes.values()) + sum(_cost(form, shapes) for form in forms),
+        nbytes=written + factors,
+        working_set=written + factors + max((_needed(form, shapes, dense) for form in forms), default=dense),
+    )
+
+
+def _weight_bytes(layer: LinearLayer, bits: int, dense: int) -> int:
+    """Codes and scales of a weight, as bitsandbytes saves it."""
+    m, n = layer.shape
+    if layer.held == "dense":
+        return dense
+    if layer.held == "quantised" and bits == 8:
+        return m * n + 4 * m
+    blocks = -(-m * n // BLOCK)
+    return (m * n + 1) // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + _TABLES
+
+
+def _factor_bytes(stored: StoredForm, shapes: dict[str, tuple[int, int]], config: QSVFTConfig) -> int:
+    m, n = shapes[stored.layers[0]]
+    sides: Sides = "both" if stored.form.kind == "both" else "one"
+    needs = (False, True) if stored.form.group is not None else needed_sides(sides, (m, n))
+    sizes = [size for size, needed in zip((m, n), needs, strict=True) if needed]
+    bases = sum(StoredMatrix.hold(_nothing(stored.rank, size), config.factor_bits).nbytes for size in sizes)
+    return bases + 4 * (stored.rank + 1) * len(stored.layers)
+
+
+def _needed(stored: StoredForm, shapes: dict[str, tuple[int, int]], dense: int) -> int:
+    """Bytes at the peak of a decomposition, in fp64, beside the weights as held made dense.
+
+    Exact: the Gram matrix, its copy that becomes the eigenvectors, LAPACK's work space of twice that, and the vectors
+    turned to rows; with both sides the images of all directions, normalised, and in order. Randomized: the Krylov
+    space, its orthonormal basis and images. A residual is taken in fp64 as a whole, with its factors.
+    """
+    m, n = shapes[stored.layers[0]]
+    small, large = min(m, n) if stored.form.group is None else n, max(m, n)
+    item = stored.form.method.dtype.itemsize
+    if stored.form.method.randomized:
+        matrices = 12 * stored.rank * small + 4 * stored.rank * large
+    else:
+        matrices = 6 * small * small + (3 * stored.rank * large if stored.form.kind == "both" else 0)
+    if stored.residual:
+        matrices += 4 * m * n
+    return dense + item * matrices
+
+
+def _nothing(rows: int, columns: int) -> Tensor:
+    return torch.empty(rows, columns, device="meta")
+
+
+# --- how long it takes ----------------------------------------------------------------------------
+
+
+def _read_cost(elements: int) -> float:
+    """Reading, quantising and writing, in operations that take as long."""
+    return 2500.0 * elements
+
+
+def _cost(stored: StoredForm, shapes: dict[str, tuple[int, int]]) -> float:
+    """Operations of a decomposition: Gram matrix and eigenvectors, or the passes of subspace iteration; lengths."""
+    chosen = [shapes[name] for name in stored.members]
+    elements = sum(m * n for m, n in chosen)
+    small = min(sum(m for m, _ in chosen), chosen[0][1])
+    lengths = 2.0 * elements * stored.rank
+    if stored.form.method.randomized:
+        return 14.0 * stored.rank * elements + lengths
+    return 2.0 * small * elements + 10.0 * small**3 + lengths
+
+
+# --- what is copied -------------------------------------------------------------------------------
+
+
+def _copies(pieces: Sequence[Piece], taken: set[str], sizes: dict[str, int]) -> Iterator[Unit]:
+    """A unit for each large tensor that is no linear layer's, and one for all the small ones."""
+    small: list[tuple[Piece, tuple[str, ...]]] = []
+    for piece in pieces:
+        tensors = tuple(name for name in piece.targets if name not in taken)
+        size = sum(sizes[name] for name in tensors)
+        if size > SMALL_BYTES:
+            yield Unit(tensors[0], (piece,), tensors, cost=_read_cost(size), nbytes=size, working_set=size)
+        elif tensors:
+            small.append((piece, tensors))
+    if small:
+        names = tuple(name for _, tensors in small for name in tensors)
+        size = sum(sizes[name] for name in names)
+        yield Unit("norms and biases", tuple(piece for piece, _ in small), names, nbytes=size, working_set=size)

@@ -1,0 +1,1 @@
+"""A finished directory: transformers' side of it."""

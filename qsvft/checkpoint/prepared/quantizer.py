@@ -1,0 +1,261 @@
+"""How transformers loads and saves a prepared model: a quantiser registered under ``quant_method: "qsvft"``.
+
+    import qsvft
+    model = AutoModelForCausalLM.from_pretrained(prepared)      # NF4 weights; the factors stay on disk
+    model.save_pretrained(other)                                # weights and factors again, bit for bit
+
+The weights are bitsandbytes' and go through transformers' own integration of it. The factors are further
+tensors of the same files (:mod:`qsvft.storage.factor_files`), which the loader passes over: adapters read those that
+they need, memory-mapped, when they are attached. The format is written down in ``docs/prepared-format.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationMethod
+
+from ...storage.factor_files import FactorFiles
+from ...storage.quantization import BITS, disable_cpu_repacking, linear_names
+from ...storage.residual import ResidualLinear
+from ...storage.tensor_files import INDEX_NAME, SINGLE_NAME, TensorFiles
+from ...storage.weights import dtype_name
+from ...tuner.config import QSVFTConfig
+from ...tuner.form import form_of
+from ...version import __version__
+from .model_state import state_of
+
+METHOD = "qsvft"
+FORMAT_VERSION = 1
+_IGNORED = r"(^|\.)qsvft\."
+_STATES = {4: "weight.quant_state.bitsandbytes__nf4", 8: "SCB"}
+
+
+@register_quantization_config(METHOD)
+class PreparedConfig(BitsAndBytesConfig):
+    """``quantization_config`` of a prepared model.
+
+    Args:
+        bits: 4 (NF4, double quantisation), 8 (int8) or 16 (the weights as they are), how the base is held.
+        compute_dtype: the dtype that the weights had, by its name.
+        skip_modules: linear layers that are left as they are.
+        adapter: the fields of the :class:`~qsvft.QSVFTConfig` that the factors were made for.
+        format_version: of the directory; a newer one than this library knows is refused.
+        versions: what made the directory.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        compute_dtype: str = "bfloat16",
+        skip_modules: list[str] | None = None,
+        adapter: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        versions: dict[str, str] | None = None,
+        **_: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config: found format_version {format_version!r}, this qsvft ({__version__}) reads "
+                f"{FORMAT_VERSION}. Upgrade qsvft, or prepare the checkpoint again."
+            )
+        if bits not in BITS:
+            raise ValueError(f"quantization_config: found bits={bits!r}, expected 4, 8 or 16; config.json is damaged")
+        dtype = getattr(torch, str(compute_dtype), None)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"quantization_config: found compute_dtype={compute_dtype!r}, expected float32, bfloat16 or float16; "
+                "config.json is damaged"
+            )
+        super().__init__(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(skip_modules or []),
+        )
+        self.quant_method = METHOD
+        self.bits, self.adapter = bits, dict(adapter or {})
+        self.format_version, self.versions = format_version, versions or _versions()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json; ``load_in_4bit`` is not, transformers would take it for bitsandbytes'."""
+        return {
+            "quant_method": METHOD,
+            "format_version": self.format_version,
+            "bits": self.bits,
+            "compute_dtype": dtype_name(self.bnb_4bit_compute_dtype),
+            "skip_modules": sorted(self.llm_int8_skip_modules or []),
+            "adapter": self.adapter,
+            "versions": self.versions,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "bitsandbytes")
+    return {"qsvft": __version__, **{name: version(name).split("+")[0] for name in packages}}
+
+
+@register_quantizer(METHOD)
+class PreparedQuantizer(HfQuantizer):
+    """The quantiser of a prepared model; one for each number of bits of the base, chosen when it is made."""
+
+    quantization_config: PreparedConfig
+
+    def __new__(cls, quantization_config: PreparedConfig | None = None, **_: Any) -> PreparedQuantizer:
+        chosen = cls if quantization_config is None else _BY_BITS[quantization_config.bits]  # none where it is copied
+        return object.__new__(chosen)
+
+    def __init__(self, quantization_config: PreparedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError(
+                "quantization_config: PreparedConfig describes a directory that qsvft prepared, found another model. "
+                "Make one with qsvft.prepare_checkpoint(source, target), or load it with qsvft.from_pretrained(source)."
+            )
+        if quantization_config.bits != 16 and transformers.__version__.startswith("4."):
+            # Its loader asks by this name whether "weight.absmax" may be no parameter.
+            quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of what is not quantised: what was asked for, or that of the weights before."""
+        return self.quantization_config.bnb_4bit_compute_dtype if dtype is None else dtype
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        self._stored = TensorFiles.from_folder(_folder(model, kwargs.get("checkpoint_files"))).paths
+        # Another class may have linear layers that the directory does not: a fresh head is no layer of 4 bits.
+        self.quantization_config.llm_int8_skip_modules = [
+            name for name in linear_names(model) if not self._is_quantised(model, name)
+        ]
+        result = super()._process_model_before_weight_loading(model, **kwargs)
+        ignored = model._keys_to_ignore_on_load_unexpected  # a set in transformers 5, a list or None before
+        model._keys_to_ignore_on_load_unexpected = (
+            {*ignored, _IGNORED} if isinstance(ignored, set) else [*(ignored or ()), _IGNORED]
+        )
+        return result
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        result = super()._process_model_after_weight_loading(model, **kwargs)
+        files, config = FactorFiles(self._stored), self.quantization_config
+        _settle(model, config)
+        if config.adapter.get("residual"):
+            _add_directions(model, files, config)
+        model.qsvft_factors = files
+        return result
+
+    def _is_quantised(self, model: PreTrainedModel, name: str) -> bool:
+        """Whether the directory holds a linear layer's weight quantised, under its name with or without a prefix."""
+        ending = _STATES.get(self.quantization_config.bits)
+        prefix = f"{model.base_model_prefix}."
+        return any(f"{one}.{ending}" in self._stored for one in (name, f"{prefix}{name}", name.removeprefix(prefix)))
+
+    def get_state_dict_and_metadata(self, model: nn.Module, *_: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """The weights as bitsandbytes saves them, without adapters, and the factors."""
+        return state_of(model), {}
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _NF4(PreparedQuantizer, Bnb4BitHfQuantizer):
+    pass
+
+
+class _Int8(PreparedQuantizer, Bnb8BitHfQuantizer):
+    pass
+
+
+class _AsItIs(PreparedQuantizer):
+    pass
+
+
+_BY_BITS = {4: _NF4, 8: _Int8, 16: _AsItIs}
+
+
+def _folder(model: PreTrainedModel, files: Sequence[str] | None) -> Path:
+    """The directory that a model is loaded from, or the snapshot of its hub id."""
+    if files:
+        return Path(files[0]).parent
+    name, commit = model.name_or_path, getattr(model.config, "_commit_hash", None)  # transformers 4 does not say
+    where = {"local_files_only": True, "_commit_hash": commit, "_raise_exceptions_for_missing_entries": False}
+    for known in (SINGLE_NAME, INDEX_NAME):
+        if (found := cached_file(name, known, **where)) is not None:
+            return Path(found).parent
+    raise ValueError(f"{name}: found neither {SINGLE_NAME} nor {INDEX_NAME}, expected one of them")
+
+
+def _settle(model: PreTrainedModel, config: PreparedConfig) -> None:
+    """What a model quantised in memory has, and one that transformers loads has not."""
+    _keep_names(model)
+    if config.bits == 16:
+        return
+    # transformers, accelerate and Trainer know by this name that the model must not be moved or cast.
+    model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+    disable_cpu_repacking(model)
+    for module in model.modules():
+        if hasattr(module, "source_cls"):
+            module.qsvft_dtype = config.bnb_4bit_compute_dtype
+
+
+def _keep_names(model: PreTrainedModel) -> None:
+    """Save every tensor by its name in the model: transformers 5 would take back the conversions of its loading."""
+    vars(model)["_weight_conversions"] = []
+
+
+def _add_directions(model: PreTrainedModel, files: FactorFiles, config: PreparedConfig) -> None:
+    """Put the singular directions beside the quantised residuals."""
+    adapter = QSVFTConfig(**config.adapter)
+    for name, key, rank in files.residuals():
+        layer: Any = model.get_submodule(name)
+        form, device = form_of(adapter, (layer.out_features, layer.in_features), rank), layer.weight.device
+        V = files.basis(name, form.inward, rank, layer.in_features, device)
+        U = files.basis(name, form.outward, rank, layer.out_features, device)
+        if U is None or V is None:
+            raise ValueError(
+                f"{name}: its weight is a residual, and the directions beside it ({form.inward}, {form.outward}) "
+                "are not stored; expected both. The directory is incomplete: copy it again, or prepare the checkpoint "
+                "again."
+            )
+        s = files.residual_lengths(name, key, rank, device)
+        model.set_submodule(name, ResidualLinear(layer, U, V, s, form.method))
+
+
+def mark_prepared(model: nn.Module, adapter: dict[str, Any]) -> None:
+    """Let ``model.save_pretrained`` write a model that was prepared in memory as a prepared directory.
+
+    Left as it is: what is no transformers model, a base that is not quantised or not in the format's NF4, a model that
+    came from a prepared directory.
+
+    Args:
+        model: with adapters or without.
+        adapter: the factor options of the adapter that it was prepared for.
+    """
+    held: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not isinstance(model, PreTrainedModel) or type(held) is not BitsAndBytesConfig:
+        return
+    if held.load_in_4bit and (held.bnb_4bit_quant_type != "nf4" or not held.bnb_4bit_use_double_quant):
+        return
+    bits, dtype = 4 if held.load_in_4bit else 8, dtype_name(held.bnb_4bit_compute_dtype)
+    record = PreparedConfig(bits, str(dtype), held.llm_int8_skip_modules, adapter)
+    model.config.quantization_config = record
+    model.hf_quantizer = PreparedQuantizer(record, pre_quantized=True)
+    _keep_names(model)

@@ -1,0 +1,1 @@
+"""Anybody's checkpoint, as this model's tensors."""

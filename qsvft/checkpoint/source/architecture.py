@@ -1,0 +1,151 @@
+"""The model that a checkpoint is of, on the meta device: class, shapes, dtypes and ties as from_pretrained has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, modeling_utils
+
+from .checkpoint import Checkpoint
+from .index import CONFIG
+from .renames import dtype_pattern
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that a floating-point weight may be stored in."""
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of ``config.architectures[0]``.
+
+    Raises:
+        ValueError: no architecture is named, transformers has no such model, or the checkpoint is quantised already.
+    """
+    where = config.name_or_path or type(config).__name__
+    for field in ("quantization_config", "compression_config"):
+        if (quantised := getattr(config, field, None)) is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+            raise ValueError(
+                f"{where}: found a checkpoint that is quantised already ({field}, method {method!r}), expected weights "
+                "in 16 or 32 bits. Use the checkpoint that it was made from."
+            )
+    names = getattr(config, "architectures", None)
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ValueError(
+            f"{where}: found architectures = {names!r}, expected the name of a transformers class, e.g. "
+            "['LlamaForCausalLM']. Load the checkpoint with the class that you want and save it with save_pretrained()."
+        )
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        own_code = " The config asks for custom code (auto_map), which is not run." if _auto_map(config) else ""
+        raise ValueError(
+            f"{where}: found the architecture {names[0]!r}, expected a model of transformers "
+            f"{transformers.__version__}.{own_code} Upgrade transformers if it is a newer model; load a model of "
+            "custom code by yourself and use qsvft.prepare()."
+        )
+    return found
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The config of a checkpoint; code that comes with it is not run.
+
+    Raises:
+        ValueError: transformers cannot read it.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # a config's values are checked by each model's own code
+        raise ValueError(
+            f"{checkpoint.folder / CONFIG}: transformers {transformers.__version__} cannot read it "
+            f"({_first_line(error)}). Expected the config of a model that is part of transformers: custom code "
+            "(auto_map) is not run. Upgrade transformers if it is a newer model."
+        ) from error
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The checkpoint's model on the meta device, frozen and in eval mode.
+
+    Every tensor of its state dict has the shape and dtype that ``from_pretrained(dtype=...)`` would give it:
+    parameters that transformers keeps in fp32 are fp32. Weights are tied as the config says.
+
+    Args:
+        checkpoint: where its config is.
+        dtype: of the parameters; None takes that of the config, or else that of the checkpoint's first
+            floating-point tensor, as ``dtype="auto"`` does.
+
+    Raises:
+        ValueError: what :func:`model_class` and :func:`read_config` refuse, a dtype that is no floating-point one, or a
+            config of which transformers cannot build a model.
+    """
+    config = read_config(checkpoint)
+    cls = model_class(config)
+    chosen = dtype if dtype is not None else _own_dtype(config, checkpoint)
+    if chosen not in FLOATS:
+        raise ValueError(
+            f"dtype: found {chosen}, expected one of {', '.join(map(str, FLOATS))}; give another one to "
+            "prepare_checkpoint(dtype=...)."
+        )
+    config.dtype = chosen
+    for key in config.sub_configs if dtype is not None else ():
+        if (part := getattr(config, key, None)) is not None:
+            part.dtype = dtype
+    try:
+        with torch.device("meta"), _no_initial_values():
+            model = cls._from_config(config, dtype=chosen)
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoint.folder / CONFIG}: transformers cannot build {cls.__name__} of it ({_first_line(error)}). "
+            "Expected a config that belongs to the checkpoint: copy or download it again."
+        ) from error
+    if not hasattr(model, "all_tied_weights_keys"):  # transformers 5 has tied them
+        model.tie_weights()
+    _keep_in_fp32(model, chosen)
+    model.config.name_or_path = checkpoint.name
+    return model.requires_grad_(False).eval()
+
+
+def _no_initial_values() -> AbstractContextManager[Any]:
+    """transformers 4 runs its initialisation on meta as well, and some of it changes dtypes; loading does without."""
+    without: Callable[[], AbstractContextManager[Any]] = getattr(modeling_utils, "no_init_weights", nullcontext)
+    return without()
+
+
+def _own_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    first = min(checkpoint.shards)
+    inside = [key for key, entry in checkpoint.entries.items() if entry.file == first]
+    floats = (checkpoint.entries[key].dtype for key in sorted(inside))
+    return next((kind for kind in floats if kind in FLOATS), torch.float32)
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the tensors that transformers never holds in 16 bits (or never in fp16) the dtype fp32."""
+    names: set[str] = set()
+    if dtype == torch.float16:
+        names |= set(_listed(model, "_keep_in_fp32_modules"))
+    if dtype in (torch.float16, torch.bfloat16):
+        names |= set(_listed(model, "_keep_in_fp32_modules_strict"))
+    if not names:
+        return
+    pattern = dtype_pattern(sorted(names))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and pattern.search(name):
+            tensor.data = tensor.data.to(torch.float32)
+
+
+def _listed(model: nn.Module, field: str) -> Iterable[str]:
+    return getattr(model, field, None) or ()
+
+
+def _auto_map(config: PretrainedConfig) -> Any:
+    return getattr(config, "auto_map", None)
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__

@@ -1,0 +1,1 @@
+"""What else makes a training step lean; each usable by itself."""

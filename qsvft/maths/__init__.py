@@ -1,0 +1,1 @@
+"""The mathematics: imports torch only."""

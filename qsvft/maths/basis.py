@@ -1,0 +1,179 @@
+"""A basis: k directions of one side of a weight, and the two maps that an adapter needs of them.
+
+    to coefficients      h = F a                 (tokens, n) -> (tokens, k)
+    and back             base + z F              (tokens, k) -> (tokens, n)
+
+F is (k, n), row j is the j-th direction. How F comes about and is held is each basis's own matter:
+singular vectors as rows in 16, 8 or 4 bits (:mod:`qsvft.storage.factors`), or a seeded Hadamard transform
+that holds nothing (:mod:`qsvft.maths.hadamard`). A basis is frozen; gradients flow to a, base and z.
+
+F is made dense in the activation's dtype where it is used, a slice after the other, and dropped again: autograd
+keeps the parts as they are held, and neither a nor z.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .last_input import LastInput
+
+Parts = tuple[Tensor, ...]
+Slices = Iterator[tuple[slice, Tensor]]
+
+
+class Reader(Protocol):
+    """Makes the dense (k, n) matrix of the parts that hold it, in stretches of its rows or of its columns."""
+
+    def by_rows(self, parts: Parts, dtype: torch.dtype) -> Slices:
+        """(rows, their dense part), one after the other."""
+
+    def by_columns(self, parts: Parts, dtype: torch.dtype) -> Slices:
+        """(columns, their dense part), one after the other."""
+
+
+class Basis(ABC):
+    """k directions of R^n.
+
+    Attributes:
+        last_input: where several layers share the basis, the coefficients of the last x that they read.
+    """
+
+    last_input: LastInput | None = None
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """k, how many directions there are."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """n, the length of a direction."""
+
+    @abstractmethod
+    def to_coefficients(self, a: Tensor, rank: int) -> Tensor:
+        """h = F a with the first ``rank`` directions: (tokens, n) gives (tokens, rank)."""
+
+    @abstractmethod
+    def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
+        """base + z F with as many directions as z has columns: (tokens, n) and (tokens, rank) give (tokens, n)."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:
+        """The first ``rank`` directions as rows, (rank, n)."""
+
+
+@dataclass(frozen=True)
+class DenseBasis(Basis):
+    """Directions given as a plain tensor of rows in any floating dtype."""
+
+    rows: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.rows.shape[1]
+
+    def to_coefficients(self, a: Tensor, rank: int) -> Tensor:
+        return read_coefficients(a, _WHOLE, (self.rows[:rank],))
+
+    def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
+        return add_coefficients(base, z, _WHOLE, (self.rows[: z.shape[1]],))
+
+    def dense(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:
+        return self.rows[:rank].to(dtype)
+
+
+class _Whole:
+    """Reads a matrix that is dense already."""
+
+    def by_rows(self, parts: Parts, dtype: torch.dtype) -> Slices:
+        yield slice(None), parts[0].to(dtype)
+
+    by_columns = by_rows
+
+
+_WHOLE = _Whole()
+
+
+# --- the maps for a basis that can be made dense --------------------------------------------------
+
+
+def read_coefficients(a: Tensor, read: Reader, parts: Parts) -> Tensor:
+    """h = F a for the F that ``read`` makes of ``parts``."""
+    result: Tensor = _ToCoefficients.apply(a, read, *parts)
+    return result
+
+
+def add_coefficients(base: Tensor, z: Tensor, read: Reader, parts: Parts) -> Tensor:
+    """base + z F for the F that ``read`` makes of ``parts``."""
+    result: Tensor = _FromCoefficients.apply(base, z, read, *parts)
+    return result
+
+
+class _ToCoefficients(torch.autograd.Function):
+    """h = a Fᵀ. Keeps the parts as they are held, not the activation.
+
+    The parts are frozen and alive anyway, so they are no saved tensors: a checkpoint's recomputation, which ends
+    with the last saved tensor, then ends with h.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, read: Reader, *parts: Tensor) -> Tensor:
+        ctx.parts, ctx.read = parts, read
+        return _times_transpose(a, read, parts)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        grad_a = _times(g, ctx.read, ctx.parts) if ctx.needs_input_grad[0] else None
+        return grad_a, None, *(None for _ in ctx.parts)
+
+
+class _FromCoefficients(torch.autograd.Function):
+    """base + z F. In one dtype the sum is taken inside the matrix product, before rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, z: Tensor, read: Reader, *parts: Tensor) -> Tensor:
+        ctx.parts, ctx.read, ctx.dtype = parts, read, z.dtype
+        if base.dtype == z.dtype:
+            return _times(z, read, parts, base)
+        return base + _times(z, read, parts).to(base.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        grad_z = None
+        if ctx.needs_input_grad[1]:
+            grad_z = _times_transpose(g.to(ctx.dtype), ctx.read, ctx.parts)
+        return g if ctx.needs_input_grad[0] else None, grad_z, None, *(None for _ in ctx.parts)
+
+
+def _times_transpose(a: Tensor, read: Reader, parts: Parts) -> Tensor:
+    """a Fᵀ, (tokens, k)."""
+    out = None
+    for rows, F in read.by_rows(parts, a.dtype):
+        if F.shape[0] == parts[0].shape[0]:
+            return a @ F.t()
+        out = a.new_empty(a.shape[0], parts[0].shape[0]) if out is None else out
+        torch.mm(a, F.t(), out=out[:, rows])
+    assert out is not None
+    return out
+
+
+def _times(z: Tensor, read: Reader, parts: Parts, base: Tensor | None = None) -> Tensor:
+    """z F, or base + z F, (tokens, n)."""
+    pieces = []
+    for columns, F in read.by_columns(parts, z.dtype):
+        if base is None:
+            pieces.append(z @ F)
+        else:
+            pieces.append(torch.addmm(base if base.dim() == 1 else base[:, columns], z, F))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

@@ -1,0 +1,118 @@
+"""The adapted maps: from an activation to coefficients, through M, and back.
+
+    two-sided (the paper's)      y = W x + U M Vᵀ x
+    one-sided, input  (n <= m)   y = W (x + V N Vᵀ x)            N  = S⁻¹ M
+    one-sided, output (m <  n)   y = W x + U N' Uᵀ (W x)         N' = M S⁻¹
+
+The one-sided forms are the two-sided one rewritten with W V = U S and Uᵀ W = S Vᵀ: they hold one
+factor in place of two and act on the activation alone, so W may be stored in any way. They need no
+singular vectors: for any orthonormal V, s_j = |W v_j| makes W V S⁻¹ a matrix of unit columns.
+
+U and V are bases (:mod:`qsvft.maths.basis`), or plain tensors of rows: U (k, m), V (k, n). What is kept for
+the backward is h = Vᵀ x (or Uᵀ y) in the activation's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .basis import Basis, DenseBasis
+from .coefficients import ScaleSide
+from .patterns import Pattern
+
+
+def sparse_update(
+    base: Tensor,
+    a: Tensor,
+    inward: Basis | Tensor,
+    outward: Basis | Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    scale: Tensor | None = None,
+    scale_side: ScaleSide = "rows",
+    h: Tensor | None = None,
+) -> Tensor:
+    """base + outward · N · inwardᵀ · a, the one map behind all three forms.
+
+    Args:
+        base: (..., m'), what the update is added to.
+        a: (..., n'), what the update reads.
+        inward: V (or U), directions of R^n': a -> coefficients.
+        outward: U (or V), directions of R^m': coefficients -> update.
+        values: the entries of M, fp32, in the pattern's order.
+        pattern: which entries they are.
+        scale, scale_side: see :mod:`qsvft.maths.coefficients`.
+        h: (tokens, k), inward's coefficients of a, where they are known already.
+
+    Returns:
+        (..., m'), in base's dtype. With M = 0 it equals base bit for bit.
+    """
+    if a.numel() == 0 or base.numel() == 0:
+        # Keeps the graph, so that a step on an empty batch still has a backward.
+        return base + (a.sum() * 0 + values.sum() * 0).to(base.dtype)
+    outward = _basis(outward)
+    if h is None:
+        h = coefficients_of(a, inward, pattern.rank)
+    z = pattern.product(h, values, scale, scale_side)
+    if base.is_contiguous():
+        return outward.from_coefficients(base.view(-1, base.shape[-1]), z).view(base.shape)
+    # Keeps base's strides: another layout may take W's product on another path, with other roundings.
+    return base + outward.from_coefficients(z.new_zeros(1), z).view(base.shape).to(base.dtype)
+
+
+def coefficients_of(a: Tensor, basis: Basis | Tensor, rank: int) -> Tensor:
+    """h: (..., n) gives (tokens, rank)."""
+    return _basis(basis).to_coefficients(a.reshape(-1, a.shape[-1]), rank)
+
+
+def _basis(factor: Basis | Tensor) -> Basis:
+    return DenseBasis(factor) if isinstance(factor, Tensor) else factor
+
+
+def two_sided_update(
+    y: Tensor, x: Tensor, U: Basis | Tensor, V: Basis | Tensor, values: Tensor, pattern: Pattern
+) -> Tensor:
+    """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n."""
+    return sparse_update(y, x, inward=V, outward=U, values=values, pattern=pattern)
+
+
+def input_side_update(
+    inner: Tensor,
+    x: Tensor,
+    V: Basis | Tensor,
+    inverse_s: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    h: Tensor | None = None,
+) -> Tensor:
+    """inner + V S⁻¹ M Vᵀ x, to be fed to W; inner is x itself, or x with another adapter's update.
+
+    inner and x (..., n), V of R^n, inverse_s (k,), h = Vᵀ x if it is known.
+    """
+    return sparse_update(inner, x, V, V, values, pattern, inverse_s, "rows", h)
+
+
+def output_side_update(
+    y: Tensor, wx: Tensor, U: Basis | Tensor, inverse_s: Tensor, values: Tensor, pattern: Pattern
+) -> Tensor:
+    """y + U M S⁻¹ Uᵀ (W x). y = W x + bias and wx = W x are (..., m), U of R^m, inverse_s (k,)."""
+    return sparse_update(y, wx, U, U, values, pattern, inverse_s, "columns")
+
+
+def bounded_inverse(s: Tensor, rms: Tensor, tail_damping: float) -> Tensor:
+    """1 / max(s_j, tau * rms): the scale of the one-sided forms, never infinite.
+
+    Args:
+        s: (k,) fp32, |W v_j| of the direction as it is held.
+        rms: scalar, the root mean square of |W v| over a whole orthonormal basis.
+        tail_damping: tau. Directions with s_j < tau * rms take smaller steps; none is lost.
+
+    Returns:
+        (k,) fp32; zeros for a weight that is all zeros.
+    """
+    floor = rms * max(tail_damping, 1e-7)
+    bounded = torch.maximum(s, floor)
+    # Below the smallest normal number 1/s would overflow: such a weight is zero for every purpose.
+    usable = bounded > torch.finfo(bounded.dtype).tiny
+    return torch.where(usable, 1 / bounded, torch.zeros_like(bounded))

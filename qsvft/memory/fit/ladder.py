@@ -1,0 +1,222 @@
+"""The settings that may fit a card, from the most faithful and fastest down to the leanest.
+
+The ladder starts at full rank, bf16 factors and no checkpointing. Each rung keeps what the one above it has
+and gives up one thing more, the cheapest first: time before exactness, exactness where no cost shows in
+training, and last the rank, since truncation is the one step that does cost there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ...lean.offload import offload_checkpoints, stop_offloading
+from ...lean.vocabulary import BITS, quantize_embeddings
+from ...storage.shapes_only import shapes_only
+from ...tuner.config import QSVFTConfig
+from ...tuner.targets import check_targets, groups_of, shape_of
+from ..methods import Method
+
+RANKS = (2048, 1024, 512, 256, 128, 64)
+
+DEFAULTS: dict[str, Any] = {
+    "rank": None,
+    "factor_bits": 16,
+    "gradient_checkpointing": True,
+    "quantize_embeddings": 16,
+    "offload": False,
+    "chunked_loss": True,
+}
+"""What ``prepare`` does where it is told nothing."""
+
+_SWITCHES = ("gradient_checkpointing", "offload", "chunked_loss")
+# What a method's text for the profiler can say; only counted are target_modules and the like.
+_WRITTEN = (
+    *("rank", "factor_bits", "share_inputs", "quantize_embeddings", "offload", "pattern", "off_diagonals", "sides"),
+    *("tail_damping", "seed", "basis", "decomposition", "residual", "chunked_loss"),
+)
+_ADAPTER = (
+    *(name for name in _WRITTEN if name in QSVFTConfig.__dataclass_fields__),
+    *("target_modules", "exclude_modules", "rank_pattern"),
+)
+FIXABLE = tuple(dict.fromkeys((*DEFAULTS, *_ADAPTER)))
+"""The options that can be fixed: all that the ledger counts."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step down: the option that changes, and what that costs, in one line."""
+
+    option: str
+    value: Any
+    cost: str
+
+    def __str__(self) -> str:
+        return f"{self.option}={self.value!r}: {self.cost}"
+
+
+# What rounding the vocabulary does to the logits is measured by benchmarks/vocabulary.py, what rounding the
+# factors and truncation do to training by benchmarks/quality.py.
+STEPS = (
+    Step("gradient_checkpointing", True, "the same gradients; the forward runs a second time in the backward"),
+    Step("factor_bits", 8, "int8 singular vectors; no difference shows in training"),
+    Step("factor_bits", 4, "NF4 singular vectors, another basis than the exact one; no difference shows in training"),
+    Step("quantize_embeddings", 8, "embeddings and head in int8; on a small model that moves the logits by 0.6%"),
+    Step("offload", True, "checkpoints wait in host memory: the same gradients, for the time of the copies"),
+    Step("quantize_embeddings", 4, "embeddings and head in NF4; on a small model that moves the logits by 5.5%"),
+    *(
+        Step("rank", rank, "fewer singular directions, which costs accuracy; more off_diagonals win part of it back")
+        for rank in RANKS
+    ),
+)
+
+
+class CountedMethod(Method):
+    """qsvft as the ledger builds it, also with the options that a method's text cannot say."""
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The options that belong to qsvft's config."""
+        return {key: value for key, value in self.options.items() if key in _ADAPTER}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Settings, complete, as keywords of ``prepare``.
+
+    Attributes:
+        settings: the value of every option that the ladder knows, and of every fixed one.
+        fixed: the options that the user fixed.
+        steps: what was given up to get here, one step for an option.
+    """
+
+    settings: Mapping[str, Any]
+    fixed: tuple[str, ...]
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward."""
+        return bool(self.settings["gradient_checkpointing"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of ``prepare`` that say something: what was fixed, and what differs from its defaults."""
+        differs = {key for key, value in self.settings.items() if key not in DEFAULTS or value != DEFAULTS[key]}
+        return {key: value for key, value in self.settings.items() if key in differs or key in self.fixed}
+
+    @property
+    def method(self) -> Method:
+        """The same as a method of the profiler; checkpointing is not in it."""
+        options = {"offload_checkpoints" if key == "offload" else key: value for key, value in self.settings.items()}
+        return CountedMethod(self._text(), "qsvft", options)
+
+    def _text(self) -> str:
+        parts = []
+        for key in _WRITTEN:
+            value = self.settings.get(key)
+            if value is None or isinstance(value, list) or DEFAULTS.get(key) == value:
+                continue
+            name = "offload_checkpoints" if key == "offload" else key
+            parts.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
+        return ":".join(filter(None, ("qsvft", ",".join(parts))))
+
+    def __str__(self) -> str:
+        now = self.settings
+        held = {16: "bf16", 8: "int8", 4: "NF4"}
+        rank = "full rank" if now["rank"] is None else f"rank {now['rank']}"
+        factors = "no factors" if now.get("basis") == "hadamard" else f"{held[now['factor_bits']]} factors"
+        parts = [f"{rank} with {factors}"]
+        parts += [f"{held[now['quantize_embeddings']]} embeddings"] if now["quantize_embeddings"] != 16 else []
+        parts += ["offloaded checkpoints"] if now["offload"] else []
+        parts += [] if now["gradient_checkpointing"] else ["no checkpointing"]
+        return ", ".join(parts)
+
+
+def ladder(model: PreTrainedModel, fixed: Mapping[str, Any]) -> list[Rung]:
+    """The rungs that a model can stand on, each leaner than the one before.
+
+    Left out are steps that contradict a fixed option, that the model has no use for, and that it cannot
+    take, such as a rank over the limit of a layer.
+
+    Args:
+        model: the model on the meta device, not quantised.
+        fixed: options by the names that ``prepare`` knows.
+
+    Raises:
+        ValueError: an option that is unknown, out of its range, or not for this model.
+    """
+    _check_fixed(fixed)
+    # Fastest first. Whoever asks for checkpoints in host memory means to have checkpoints.
+    start = {**DEFAULTS, "gradient_checkpointing": bool(fixed.get("offload", False)), **fixed}
+    with shapes_only():
+        for option in ("rank", "quantize_embeddings", "offload"):
+            _check(model, option, start)
+        return list(_descend(model, Rung(start, tuple(fixed))))
+
+
+def _descend(model: PreTrainedModel, rung: Rung) -> Iterator[Rung]:
+    yield rung
+    for step in STEPS:
+        if step.option in rung.fixed:
+            continue
+        settings = {**rung.settings, step.option: step.value}
+        if _takes(model, step, settings):
+            kept = tuple(before for before in rung.steps if before.option != step.option)
+            rung = replace(rung, settings=settings, steps=(*kept, step))
+            yield rung
+
+
+def _takes(model: PreTrainedModel, step: Step, settings: Mapping[str, Any]) -> bool:
+    """Whether a model can take a step, and the step can save anything."""
+    if step.option == "gradient_checkpointing":
+        return bool(model.supports_gradient_checkpointing)
+    if step.option == "offload" and not settings["gradient_checkpointing"]:
+        return False  # all that autograd keeps would travel, far slower than to compute it again
+    if step.option == "factor_bits" and settings.get("basis") == "hadamard":
+        return False
+    try:
+        names = _check(model, step.option, settings)
+    except ValueError:
+        return False
+    if step.option == "rank":
+        groups = groups_of(model, _config(settings), names)
+        full = (groups[n].limit if n in groups else min(shape_of(model.get_submodule(n), n)) for n in names)
+        return bool(step.value < max(full))
+    return True
+
+
+def _check(model: PreTrainedModel, option: str, settings: Mapping[str, Any]) -> Sequence[str]:
+    """Try an option on the shapes of a model; gives the names of the layers that will be adapted."""
+    if option == "quantize_embeddings":
+        quantize_embeddings(copy.deepcopy(model), settings[option])
+    elif option == "offload":
+        if settings[option]:
+            offload_checkpoints(model)
+            stop_offloading(model)
+    else:
+        try:
+            return check_targets(model, _config(settings))
+        except TypeError as error:  # a target that is no linear layer
+            raise ValueError(str(error)) from error
+    return ()
+
+
+def _config(settings: Mapping[str, Any]) -> QSVFTConfig:
+    return QSVFTConfig(task_type="CAUSAL_LM", **{key: settings[key] for key in _ADAPTER if key in settings})
+
+
+def _check_fixed(fixed: Mapping[str, Any]) -> None:
+    unknown = next((name for name in fixed if name not in FIXABLE), None)
+    if unknown is not None:
+        raise ValueError(f"option {unknown!r} is unknown, or not counted; expected one of {', '.join(FIXABLE)}")
+    for name in _SWITCHES:
+        if not isinstance(fixed.get(name, True), bool):
+            raise ValueError(f"{name}: expected True or False, got {fixed[name]!r}")
+    bits = fixed.get("quantize_embeddings", 16)
+    if isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f"quantize_embeddings: expected 16, 8 or 4, got {bits!r}")

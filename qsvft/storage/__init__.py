@@ -1,0 +1,1 @@
+"""The base weights and the factors, in memory and in files."""

@@ -1,0 +1,120 @@
+"""The frozen singular vectors beside a weight: which sides, how they are held, and their scale.
+
+Held are U and V as rows in 16, 8 or 4 bits (:mod:`qsvft.storage.stored_matrix`). The scale of a direction is measured
+on the vector as it is held, s_j = |W v_j| (or |Wᵀ u_j|): with rounded vectors that is more exact than
+the singular value. Of several weights that read the same input, V belongs to all:
+
+    V diag(S²) Vᵀ = W_1ᵀ W_1 + W_2ᵀ W_2 + ...     the right singular vectors of the stacked weight
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..maths.basis import Basis, add_coefficients, read_coefficients
+from ..maths.decomposition import EXACT, Method, Sides, Weights, decompose, shared_directions, small_side, stretches
+from .stored_matrix import StoredMatrix
+
+_STRETCH = 2**24  # entries, 128 MiB in fp64; each stretch reads the whole basis
+
+
+class StoredBasis(nn.Module, Basis):
+    """Directions held as the rows of a :class:`~qsvft.storage.stored_matrix.StoredMatrix`.
+
+    Attributes:
+        came_from: the source that all of them were read from; None if any were computed.
+    """
+
+    def __init__(self, stored: StoredMatrix) -> None:
+        super().__init__()
+        self.stored = stored
+        self.came_from: object = None
+
+    @property
+    def rank(self) -> int:
+        return self.stored.rows
+
+    @property
+    def size(self) -> int:
+        return self.stored.columns
+
+    def to_coefficients(self, a: Tensor, rank: int) -> Tensor:
+        return read_coefficients(a, self.stored.layout, self.stored.parts(0, rank))
+
+    def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
+        return add_coefficients(base, z, self.stored.layout, self.stored.parts(0, z.shape[1]))
+
+    def dense(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:
+        return self.stored.dense(dtype, 0, rank)
+
+    def extend(self, longer: StoredBasis) -> None:
+        """Take the directions beyond one's own from a longer basis; those held stay as they are."""
+        self.stored.append(longer.stored, self.rank)
+
+
+def needed_sides(sides: Sides, shape: tuple[int, int] | torch.Size) -> tuple[bool, bool]:
+    """(needs U, needs V) for a form on a weight of shape (m, n)."""
+    if sides == "both":
+        return True, True
+    return small_side(shape) == "output", small_side(shape) == "input"
+
+
+def make_bases(weight: Tensor, rank: int, sides: Sides, bits: int, method: Method = EXACT) -> dict[str, StoredBasis]:
+    """Decompose a weight as held, and hold the vectors that a form needs.
+
+    Args:
+        weight: (m, n) dense, the dequantised weight; on meta only shapes are made.
+        rank: k.
+        sides: "one" or "both".
+        bits: 16, 8 or 4, how the vectors are held.
+        method: how the weight is decomposed, see :func:`~qsvft.maths.decomposition.chosen_method`.
+
+    Returns:
+        "U" and "V", or the one of them that the smaller side needs.
+    """
+    if weight.is_meta:
+        needs = zip("UV", needed_sides(sides, weight.shape), weight.shape, strict=True)
+        vectors = {side: weight.new_empty(rank, size) for side, needed, size in needs if needed}
+    else:
+        parts = decompose(weight, rank, sides, method)
+        vectors = {side: rows for side, rows in (("U", parts.U), ("V", parts.V)) if rows is not None}
+    return {side: StoredBasis(StoredMatrix.hold(rows, bits)) for side, rows in vectors.items()}
+
+
+def make_shared_basis(weights: Weights, rank: int, bits: int, method: Method = EXACT) -> StoredBasis:
+    """V of weights (m_i, n) stacked: the directions of the input that all of them read.
+
+    Args:
+        weights: gives the weights anew at each call; they are taken one at a time.
+        rank: k.
+        bits: 16, 8 or 4, how the vectors are held.
+        method: how the stacked weight is decomposed, see :func:`~qsvft.maths.decomposition.chosen_method`.
+    """
+    return StoredBasis(StoredMatrix.hold(shared_directions(weights, rank, method)[1], bits))
+
+
+def measured_scale(weight: Tensor, basis: Basis, side: str, rank: int) -> tuple[Tensor, Tensor]:
+    """The lengths s_j that a weight gives to the directions of a basis, and their root mean square.
+
+    Args:
+        weight: (m, n) dense.
+        basis: directions of the input ("V") or the output ("U"), as they are held.
+        side: "V" or "U".
+        rank: k, how many of the directions.
+
+    Returns:
+        s_j = |W v_j| or |Wᵀ u_j|, (k,) fp32, and |W|_F / sqrt(size), the root mean square of such lengths over a whole
+        orthonormal basis, a scalar in fp32.
+    """
+    if weight.is_meta:
+        return weight.new_empty(rank, dtype=torch.float32), weight.new_empty((), dtype=torch.float32)
+    # Products in fp32 are exact to 1e-6 of |W|, twice as fast, and summed in fp64; on CUDA they might be in TF32.
+    dtype = torch.float64 if weight.is_cuda or weight.dtype == torch.float64 else torch.float32
+    s, total = (torch.zeros(size, dtype=torch.float64, device=weight.device) for size in (rank, 1))
+    with torch.no_grad():  # a row of the product is what the basis reads of a row of W
+        for part in stretches(weight if side == "V" else weight.T, dtype, _STRETCH):
+            read = basis.to_coefficients(part, rank)
+            s = torch.hypot(s, torch.linalg.vector_norm(read, dim=0, dtype=torch.float64))
+            total = torch.hypot(total, torch.linalg.vector_norm(torch.linalg.vector_norm(part, dim=1).double()))
+    return s.float(), (total[0] / basis.size**0.5).float()
