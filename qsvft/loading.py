@@ -23,10 +23,11 @@ from .lean.vocabulary import quantize_embeddings as hold_embeddings
 from .memory.fit.ladder import STEPS
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
-from .prepare import attach_lean, config_for, left_whole
+from .prepare import attach_lean
 from .storage.factor_files import FactorFiles
 from .tuner.config import FACTOR_FIELDS, QSVFTConfig
 from .tuner.targets import check_targets, groups_of
+from .tuner.tasks import config_for, left_whole
 from .use_factors import use_factors
 
 

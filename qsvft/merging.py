@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig
 
-from .checkpoint.making.directory import check_writable
 from .checkpoint.making.streaming import companions
 from .loading import base_class, is_prepared
 from .storage.quantization import quantize
+from .storage.whole_files import check_folder_writable
 from .tuner.config import QSVFTConfig
 from .use_factors import use_factors
 
@@ -50,7 +50,7 @@ def merge_adapter(
     if not base:
         raise ValueError(f"{adapter}: names no base model; expected one. Give it: base= (--base on the command line).")
     folder = Path(target)
-    check_writable(folder)
+    check_folder_writable(folder)
     if (first := next(iter(sorted(path.name for path in folder.iterdir())), None)) is not None:
         raise ValueError(f"{folder}: holds something already ({first!r}); expected a new directory. Give another.")
     model = _base(base, config, device_map, progress)

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
 
 from .checkpoint.prepared.quantizer import mark_prepared
 from .lean import vocabulary
+from .lean.checkpointing import enable_checkpointing
 from .lean.chunked_loss import chunked_loss_obstacle, enable_chunked_loss
 from .lean.norms import lean_norms
 from .lean.offload import offload_checkpoints
+from .memory.fit.options import fitting_options
+from .memory.fit.recommend import Recommendation
 from .storage.quantization import quantize
 from .tuner.config import QSVFTConfig
-from .tuner.model import progress_bars
+from .tuner.progress import progress_bars
 from .tuner.targets import check_targets
-
-if TYPE_CHECKING:
-    from .memory.fit.recommend import Recommendation
-
-_TASKS = {
-    "ForCausalLM": TaskType.CAUSAL_LM,
-    "LMHeadModel": TaskType.CAUSAL_LM,
-    "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
-    "ForSequenceClassification": TaskType.SEQ_CLS,
-    "ForTokenClassification": TaskType.TOKEN_CLS,
-    "ForQuestionAnswering": TaskType.QUESTION_ANS,
-}
-# Task heads that PEFT has no task type for; a fresh head has to be trained whole.
-_OTHER_HEADS = {"ForImageClassification": "classifier", "ForAudioClassification": "classifier"}
+from .tuner.tasks import check_residual, config_for, left_whole
 
 
 def prepare(
@@ -87,8 +76,6 @@ def prepare(
         raise ValueError(f"prepare(): give either config or single options, got both: {sorted(options)}")
     _refuse_prepared(model)
     if fit is not None:
-        from .memory.fit.options import fitting_options  # what counts a step prepares a model, and imports this file
-
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
         switches: dict[str, Any] = {
@@ -143,26 +130,6 @@ def attach_lean(
     return prepared
 
 
-def check_residual(config: QSVFTConfig, bits: int) -> None:
-    """Refuse a residual base of other than 4 bits."""
-    if config.residual and bits != 4:
-        raise ValueError(
-            f"prepare(): residual=True with bits={bits}; expected bits=4. The residual is what the singular directions "
-            "leave of the weight, in NF4; a base of more bits needs none."
-        )
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Switch non-reentrant gradient checkpointing on, if the model supports it."""
-    if not (isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing):
-        return
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
 def _refuse_prepared(model: nn.Module) -> None:
     adapted = next((n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)), None)
     if isinstance(model, PeftModel) or adapted is not None:
@@ -170,26 +137,3 @@ def _refuse_prepared(model: nn.Module) -> None:
             f"{adapted or type(model).__name__}: the model carries adapters already; expected a model without any. Use "
             "model.add_adapter(name, QSVFTConfig(...)) for another adapter, or model.unload() to start again."
         )
-
-
-def config_for(model: nn.Module, options: dict[str, Any]) -> QSVFTConfig:
-    """A config of single options; task type and fresh head follow from the model's class."""
-    unknown = sorted(set(options) - set(QSVFTConfig.__dataclass_fields__))
-    if unknown:
-        allowed = sorted(set(QSVFTConfig.__dataclass_fields__) - {"peft_type", "auto_mapping", "peft_version", "base"})
-        raise ValueError(f"prepare(): unknown option {unknown[0]!r}; expected one of {', '.join(allowed)}")
-    name = type(model).__name__
-    if isinstance(model, PreTrainedModel):
-        task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
-        options.setdefault("task_type", task)
-        head = next((head for ending, head in _OTHER_HEADS.items() if name.endswith(ending)), None)
-        if head is not None and hasattr(model, head):
-            options.setdefault("modules_to_save", [head])
-    return QSVFTConfig(**options)
-
-
-def left_whole(config: QSVFTConfig) -> list[str]:
-    """The heads that PEFT trains whole for a task, which are therefore not quantised."""
-    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
-        return ["classifier", "score"]
-    return ["qa_outputs"] if config.task_type == TaskType.QUESTION_ANS else []

@@ -683,8 +683,8 @@ MUTANTS = (
     ),
     Mutant(
         "a part is written under its own name at once",
-        "checkpoint/making/directory.py",
-        'temporary = path.parent / WRITING / f"{path.name}-{os.getpid()}"',
+        "storage/whole_files.py",
+        'temporary = staging / f"{path.name}-{os.getpid()}"',
         "temporary = path",
         ("checkpoint/making/test_streaming.py",),
     ),

@@ -143,7 +143,7 @@ def installed() -> dict[str, str]:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write atomically."""
-    from qsvft.memory.report import write_whole
+    from qsvft.storage.whole_files import write_whole
 
     write_whole(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 

@@ -15,9 +15,9 @@ from ..memory import profile as profile_step
 from ..memory.measured import add_measurements, check_room, present_device
 from ..memory.plot import check_plot
 from ..memory.profiler import checked_methods, resolve
-from ..memory.report import check_writable
 from ..memory.step import OPTIMIZERS
 from ..memory.table import WIDTH, tables
+from ..storage.whole_files import check_file_writable
 from .errors import bad_input, complain
 from .quiet import quiet
 
@@ -85,7 +85,7 @@ def _check_files(json: Path | None, csv: Path | None, plot: Path | None, timelin
     """Refuse an output file before the work rather than after it."""
     given = [path for path in (json, csv, plot, timeline) if path is not None]
     for path in given:
-        check_writable(path)
+        check_file_writable(path)
     for picture in (plot, timeline):
         if picture is not None:
             check_plot(picture)

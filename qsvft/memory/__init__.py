@@ -1,12 +1,14 @@
 """The memory of a training step, predicted: ``qsvft.profile`` and what it is made of."""
 
+from .cards import CARDS_GIB
 from .description import Description, describe
 from .fit.recommend import Recommendation, recommend
 from .held import held_bytes
 from .methods import DEFAULT_METHODS, METHODS, Method, parse_method
 from .presets import PRESETS
 from .profiler import profile
-from .report import CARDS_GIB, Measurement, MemoryReport, Row
+from .report import MemoryReport
+from .rows import Measurement, Row
 
 __all__ = [
     "CARDS_GIB",

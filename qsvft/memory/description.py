@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .cards import unit_of
 from .held import GRADIENTS, KINDS, SCALES, STATE, Held, M, held
-from .report import unit_of
 from .table import WIDTH
 
 FLAGGED_BYTES = 2**20

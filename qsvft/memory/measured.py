@@ -9,8 +9,10 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from .cards import GIB
 from .methods import Method
-from .report import GIB, Measurement, MemoryReport
+from .report import MemoryReport
+from .rows import Measurement
 from .scenario import Scenario, one_line
 from .shapes import empty_model
 

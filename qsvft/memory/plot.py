@@ -12,8 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..storage.whole_files import check_file_writable, write_whole
+from .cards import unit_of, usable_bytes
 from .ledger import CATEGORIES
-from .report import MemoryReport, Row, check_writable, unit_of, usable_bytes, write_whole
+from .rows import Figures, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,10 +46,10 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"cannot plot to {str(path)!r}: expected a file ending in {', '.join(FORMATS)}")
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib; install it with: pip install 'qsvft[plot]'")
-    check_writable(path)
+    check_file_writable(path)
 
 
-def draw_bars(report: MemoryReport, path: str | os.PathLike[str]) -> None:
+def draw_bars(report: Figures, path: str | os.PathLike[str]) -> None:
     """Write the peak of each method as a bar of its categories, with the cards' limits as lines.
 
     A card's line stands at the largest peak that fits it, its allowance taken off.
@@ -70,7 +72,7 @@ def draw_bars(report: MemoryReport, path: str | os.PathLike[str]) -> None:
     _save(figure, path)
 
 
-def _bars(axes: Axes, report: MemoryReport, size: int) -> None:
+def _bars(axes: Axes, report: Figures, size: int) -> None:
     places = range(len(report.rows))
     bottoms = [0.0] * len(report.rows)
     for name in CATEGORIES:
@@ -101,13 +103,13 @@ def _bars(axes: Axes, report: MemoryReport, size: int) -> None:
     axes.set_xlim(-0.6, len(report.rows) - 0.4)
 
 
-def _drawn_cards(report: MemoryReport) -> list[float]:
+def _drawn_cards(report: Figures) -> list[float]:
     """The cards whose line lies among the bars, or not far above them."""
     top = max((row.peak_bytes for row in report.ran), default=0)
     return [card for card in report.cards if 0 < usable_bytes(card) <= 1.3 * top]
 
 
-def _card_lines(axes: Axes, report: MemoryReport, size: int) -> None:
+def _card_lines(axes: Axes, report: Figures, size: int) -> None:
     for card in _drawn_cards(report):
         height = usable_bytes(card) / size
         axes.axhline(height, color="black", linestyle=(0, (5, 3)), linewidth=1.1, zorder=3)
@@ -123,7 +125,7 @@ def _card_lines(axes: Axes, report: MemoryReport, size: int) -> None:
         )
 
 
-def draw_timeline(report: MemoryReport, path: str | os.PathLike[str]) -> None:
+def draw_timeline(report: Figures, path: str | os.PathLike[str]) -> None:
     """Write the live bytes over the step, by category, one panel a method.
 
     The horizontal axis counts bytes allocated and freed, so that a few large tensors are seen and a thousand small
@@ -187,7 +189,7 @@ def _phase_marks(axes: Axes, places: list[float], phases: list[str]) -> None:
 # --- what both share ------------------------------------------------------------------------------
 
 
-def _title(report: MemoryReport) -> str:
+def _title(report: Figures) -> str:
     checkpointing = "with" if report.gradient_checkpointing else "without"
     return (
         f"Memory of one training step: {report.model}, batch {report.batch_size} x {report.seq_len} tokens, "

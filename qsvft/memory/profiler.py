@@ -18,9 +18,11 @@ from transformers import PretrainedConfig
 
 from ..tuner.config import QSVFTConfig
 from ..version import __version__
+from .cards import CARDS_GIB, GIB, check_cards, needed_bytes
 from .methods import DEFAULT_METHODS, Method, parse_method
 from .presets import model_config
-from .report import CARDS_GIB, GIB, MemoryReport, Row, check_cards, needed_bytes, row_of
+from .report import MemoryReport
+from .rows import Row, row_of
 from .scenario import Scenario, one_line
 from .shapes import empty_model
 from .step import OPTIMIZERS

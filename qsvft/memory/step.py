@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..prepare import enable_checkpointing
+from ..lean.checkpointing import disable_checkpointing, enable_checkpointing
 from .held import held_tensors
 from .ledger import Ledger
 
@@ -34,7 +34,7 @@ def count_on(
     if gradient_checkpointing:
         enable_checkpointing(base)
     else:
-        _checkpointing_off(base)
+        disable_checkpointing(base)
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     stepper = make_optimizer(optimizer, trainable)
@@ -89,10 +89,3 @@ def _fill_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _checkpointing_off(base: PreTrainedModel) -> None:
-    if hasattr(base, "activation_checkpointing_disable"):
-        base.activation_checkpointing_disable()
-    else:
-        base.gradient_checkpointing_disable()

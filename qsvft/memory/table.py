@@ -10,14 +10,15 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .cards import CONTEXT_BYTES, FRAGMENTATION, GIB, unit_of
 from .ledger import CATEGORIES
-from .report import CONTEXT_BYTES, FRAGMENTATION, GIB, RIVALS, MemoryReport, Row, unit_of
+from .rows import RIVALS, Figures, Row
 
 WIDTH = 160
 """Columns where the output is no terminal, so that nothing is folded."""
 
 
-def tables(report: MemoryReport) -> Iterator[RenderableType]:
+def tables(report: Figures) -> Iterator[RenderableType]:
     """The report's parts, in the order they are read."""
     yield Text(_heading(report), style="bold")
     if report.ran:
@@ -31,7 +32,7 @@ def tables(report: MemoryReport) -> Iterator[RenderableType]:
     yield Text(_assumptions(report), style="dim")
 
 
-def as_text(report: MemoryReport) -> str:
+def as_text(report: Figures) -> str:
     """The tables as plain text."""
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     for part in tables(report):
@@ -40,7 +41,7 @@ def as_text(report: MemoryReport) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def _heading(report: MemoryReport) -> str:
+def _heading(report: Figures) -> str:
     checkpointing = "with" if report.gradient_checkpointing else "without"
     return (
         f"{report.model}: peak memory of one training step, batch {report.batch_size} x {report.seq_len} tokens, "
@@ -48,7 +49,7 @@ def _heading(report: MemoryReport) -> str:
     )
 
 
-def _assumptions(report: MemoryReport) -> str:
+def _assumptions(report: Figures) -> str:
     counted = "counted without values on meta tensors" if report.device == "meta" else f"ran on {report.device}"
     lines = [
         f"The step was {counted}; 1 GiB = 2**30 bytes. A method fits a card if its peak, {FRAGMENTATION:.0%} of it for "
@@ -60,7 +61,7 @@ def _assumptions(report: MemoryReport) -> str:
     return "\n".join(lines)
 
 
-def _unit(report: MemoryReport) -> tuple[str, int]:
+def _unit(report: Figures) -> tuple[str, int]:
     return unit_of(row.peak_bytes for row in report.ran)
 
 
@@ -70,7 +71,7 @@ def _table(title: str) -> Table:
     return table
 
 
-def _summary(report: MemoryReport) -> Table:
+def _summary(report: Figures) -> Table:
     unit, size = _unit(report)
     table = _table("")
     rivals = [rival for rival in RIVALS if any(row.method == rival for row in report.ran)]
@@ -108,7 +109,7 @@ def _place(row: Row) -> str:
     return f"{row.peak_phase}, {module}" if module else row.peak_phase
 
 
-def _live_at_peak(report: MemoryReport) -> Table:
+def _live_at_peak(report: Figures) -> Table:
     unit, size = _unit(report)
     table = _table(f"Live at the peak, {unit}")
     for name in CATEGORIES:
@@ -119,7 +120,7 @@ def _live_at_peak(report: MemoryReport) -> Table:
     return table
 
 
-def _measured(report: MemoryReport) -> Table:
+def _measured(report: Figures) -> Table:
     unit, size = _unit(report)
     device = next(row.measured.device for row in report.rows if row.measured is not None)
     how = "max_memory_allocated" if device.startswith("cuda") else "the ledger on real tensors"

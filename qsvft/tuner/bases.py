@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +23,15 @@ from ..maths.last_input import LastInput
 from ..storage.factor_files import FactorSource
 from ..storage.factors import StoredBasis, make_bases, make_shared_basis
 from ..storage.residual import ResidualLinear
+from .adapted import AdaptedLinear
 from .config import QSVFTConfig
 from .form import Form, plain_key
 from .groups import InputGroup
 from .sources import NOWHERE, Sources
 
-if TYPE_CHECKING:
-    from .layer import QSVFTLinear
-
 
 def hold_bases(
-    layer: QSVFTLinear,
+    layer: AdaptedLinear,
     form: Form,
     weight: Tensor,
     rank: int,

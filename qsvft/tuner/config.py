@@ -16,7 +16,7 @@ from ..maths.patterns import PATTERNS
 from ..storage.factor_files import FactorFiles
 from ..storage.stored_matrix import STORED_BITS
 from .files import check_adapter_directory, weights_file
-from .registration import QSVFT
+from .peft_type import QSVFT
 
 SIDES = ("one", "both")
 BASES = ("singular", "hadamard")

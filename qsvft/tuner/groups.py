@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..maths.basis import Basis
 from ..storage.weights import dense_weight, read_through
+from .adapted import AdaptedLinear
 from .config import QSVFTConfig
 
 SAME_INPUT = (
@@ -58,17 +58,16 @@ class InputGroup:
 
     def held(self) -> dict[str, Basis]:
         """The bases that its layers hold already, by their keys."""
-        layers = (layer for layer in self._layers() if hasattr(layer, "held_bases"))
+        layers = (layer for layer in self._layers() if isinstance(layer, AdaptedLinear))
         return {key: basis for layer in layers for key, basis in layer.held_bases().items()}
 
     def weights(self) -> Iterator[Tensor]:
         """The layers' weights (m_i, n), dense."""
         for layer in self._layers():
-            own = getattr(layer, "original_weight", None)
-            weight = dense_weight(layer) if own is None else own()
+            weight = layer.original_weight() if isinstance(layer, AdaptedLinear) else dense_weight(layer)
             yield read_through(layer, self.size) if weight is None else weight
 
-    def _layers(self) -> Iterator[Any]:
+    def _layers(self) -> Iterator[nn.Module]:
         return (self._model.get_submodule(name) for name in self.members)
 
 

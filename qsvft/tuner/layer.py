@@ -19,24 +19,20 @@ fp32, one per adapter; so is the scale 1/s, measured on the vectors as they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..maths import patterns
 from ..maths.autocast import in_compute_dtype
-from ..maths.basis import Basis
 from ..maths.updates import bounded_inverse, coefficients_of, input_side_update, output_side_update, two_sided_update
 from ..storage.factor_files import FactorSource
 from ..storage.factors import measured_scale
 from ..storage.finite import all_finite
-from ..storage.nf4_product import slice_products
 from ..storage.residual import ResidualLinear
-from ..storage.weights import check_weight, dense_layer, dense_weight, product_without_bias, read_through, weight_digest
+from ..storage.weights import check_weight, dense_layer, product_without_bias, weight_digest
+from .adapted import AdaptedLinear
 from .attach import choose_pattern, residual_base
 from .bases import hold_bases
 from .config import QSVFTConfig
@@ -48,7 +44,7 @@ from .sources import NOWHERE, Sources
 from .targets import rank_of, shape_of
 
 
-class QSVFTLinear(nn.Module, BaseTunerLayer):
+class QSVFTLinear(AdaptedLinear):
     """A linear layer with SVFT adapters: y = (W + U M Vᵀ) x + b.
 
     Args:
@@ -57,15 +53,6 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         config: its configuration.
         module_name: the layer's name in the model, for messages and for the random pattern's seed.
     """
-
-    adapter_layer_names = ("qsvft_M",)
-    other_param_names = ("qsvft_pattern", "qsvft_probe", "qsvft_scale", "settings", "forms", "came_from")
-
-    base_layer: nn.Module
-    # BaseTunerLayer's, for the type checker.
-    active_adapters: list[str]
-    set_adapter: Callable[..., None]
-    get_base_layer: Callable[[], nn.Module]
 
     def __init__(
         self,
@@ -76,22 +63,7 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
         group: InputGroup | None = None,
         sources: Sources = NOWHERE,
     ) -> None:
-        super().__init__()
-        self.base_layer = slice_products(base_layer)
-        self.module_name = module_name
-        self.out_features, self.in_features = shape_of(base_layer, module_name)
-        self.settings: dict[str, QSVFTConfig] = {}
-        self.forms: dict[str, Form] = {}
-        self.came_from: dict[str, FactorSource | None] = {}
-        self.qsvft_M = nn.ParameterDict()
-        self.qsvft_pattern = nn.ModuleDict()
-        self.qsvft_probe = BufferDict({}, persistent=True)
-        # Not persistent, so that PEFT does not save them; not keyed by adapter, so that it does not upcast them.
-        self.qsvft_bases = nn.ModuleDict()
-        self.qsvft_scale = BufferDict({}, persistent=False)
-        self.base_digest: bytes = b""
-        self.merged_adapters: list[str] = []
-        self._unmerged: list[nn.Module] = []  # in a list: it is not part of the module tree
+        super().__init__(base_layer, module_name, shape_of(base_layer, module_name))
         self._expected_probe: dict[str, Tensor] = {}
         self._verified: set[str] = set()
         self._active_adapter = adapter_name
@@ -138,40 +110,6 @@ class QSVFTLinear(nn.Module, BaseTunerLayer):
                 return stored
         s, rms = measured_scale(weight, self.basis(form.inward), form.inward[0], rank)
         return bounded_inverse(s, rms, config.tail_damping)
-
-    # --- what it holds ----------------------------------------------------------------------------
-
-    def pattern(self, adapter: str) -> patterns.Pattern:
-        """The pattern of an adapter."""
-        pattern = self.qsvft_pattern[adapter]
-        assert isinstance(pattern, patterns.Pattern)
-        return pattern
-
-    def basis(self, key: str) -> Basis:
-        """A basis that this layer holds."""
-        basis = self.qsvft_bases[key]
-        assert isinstance(basis, Basis)
-        return basis
-
-    def held_bases(self) -> dict[str, Basis]:
-        """Every basis that this layer holds, by its key."""
-        return {key: self.basis(key) for key in self.qsvft_bases}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the adapters' tensors belong."""
-        held = next((b for basis in self.qsvft_bases.values() for b in basis.buffers()), None)
-        return held.device if held is not None else next(self.base_layer.parameters()).device
-
-    def original_base(self) -> nn.Module:
-        """The base layer without any merged adapter."""
-        return self._unmerged[0] if self._unmerged else self.get_base_layer()
-
-    def original_weight(self) -> Tensor:
-        """The base weight (m, n) as held, dense and without merged adapters."""
-        base = self.original_base()
-        weight = dense_weight(base)
-        return weight if weight is not None else read_through(base, self.in_features)
 
     # --- forward ----------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -24,20 +23,9 @@ from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
 from .groups import InputGroup
 from .layer import QSVFTLinear
+from .progress import progress_shown
 from .sources import NOWHERE, Sources
 from .targets import all_linear, check_targets, groups_of
-
-_SHOW_PROGRESS: ContextVar[bool] = ContextVar("qsvft_show_progress", default=True)
-
-
-@contextmanager
-def progress_bars(show: bool) -> Iterator[None]:
-    """Show or hide the progress bar over decompositions."""
-    token = _SHOW_PROGRESS.set(show)
-    try:
-        yield
-    finally:
-        _SHOW_PROGRESS.reset(token)
 
 
 class QSVFTModel(BaseTuner):
@@ -66,7 +54,7 @@ class QSVFTModel(BaseTuner):
 
     @contextmanager
     def _decomposition_progress(self) -> Iterator[None]:
-        hidden = not _SHOW_PROGRESS.get()
+        hidden = not progress_shown()
         self._progress = tqdm(desc="decomposing", unit="matrix", delay=1.0, leave=False, disable=hidden)
         try:
             yield

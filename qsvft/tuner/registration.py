@@ -1,9 +1,7 @@
 """Make QSVFT a PEFT method, once, at import.
 
-PEFT has no plug-in hook: its method names are members of the enum ``PeftType``. A real member is
-made here (a plain string would break transformers' ``load_adapter``, which asks the member for its
-``value``), then PEFT's own ``register_peft_method`` does the rest. Without ``import qsvft`` in the
-process, ``PeftModel.from_pretrained`` on such an adapter ends in ``KeyError: 'QSVFT'``.
+PEFT's own ``register_peft_method`` does it, once the method has its member of ``PeftType`` (:mod:`.peft_type`). Without
+``import qsvft`` in the process, ``PeftModel.from_pretrained`` on such an adapter ends in ``KeyError: 'QSVFT'``.
 
 Two of PEFT's functions are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
 ``include_factors=`` (and would pass over it), and a config remembers where it was read, because PEFT hands an
@@ -18,35 +16,17 @@ from collections.abc import Callable
 from typing import Any
 
 import peft
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from peft.config import PeftConfigMixin
 from peft.utils import register_peft_method
 
-NAME = "qsvft"
-
-
-def _enum_member(name: str) -> PeftType:
-    key = name.upper()
-    if key in PeftType.__members__:
-        return PeftType[key]
-    member = str.__new__(PeftType, key)
-    member._name_ = key
-    member._value_ = key
-    type.__setattr__(PeftType, key, member)
-    PeftType._member_names_.append(key)
-    PeftType._member_map_[key] = member
-    PeftType._value2member_map_[key] = member
-    return member
-
-
-QSVFT: PeftType = _enum_member(NAME)
+from .config import QSVFTConfig
+from .model import QSVFTModel
+from .peft_type import NAME, QSVFT
 
 
 def register() -> None:
     """Register the config and the tuner; calling it again does nothing."""
-    from .config import QSVFTConfig
-    from .model import QSVFTModel
-
     if QSVFT in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
         return
     register_peft_method(name=NAME, config_cls=QSVFTConfig, model_cls=QSVFTModel)
@@ -56,7 +36,6 @@ def register() -> None:
 
 def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
     """``PeftModel.save_pretrained`` with ``include_factors``, for this save in place of the configs' own."""
-    from .config import QSVFTConfig
 
     @functools.wraps(save)
     def save_pretrained(
@@ -92,7 +71,6 @@ def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
 
 def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
     """``PeftConfig.from_pretrained``, after which our configs know where their adapter is."""
-    from .config import QSVFTConfig
 
     @functools.wraps(read)
     def from_pretrained(

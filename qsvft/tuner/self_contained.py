@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..storage.factor_names import PARTS, SCALE, SKETCH, FactorName, adapter_tensors, factor_tensors, parse_name
 from ..storage.factors import StoredBasis
+from .adapted import AdaptedLinear
 from .form import plain_key
-from .layer import QSVFTLinear
 from .probe import content_digest, weight_sketch
 
 
-def stored_factors(layers: Iterable[QSVFTLinear], adapter: str) -> dict[str, Tensor]:
+def stored_factors(layers: Iterable[AdaptedLinear], adapter: str) -> dict[str, Tensor]:
     """The factor tensors of an adapter's layers, by their names.
 
     Raises:
@@ -63,7 +63,7 @@ class FactorDigests:
         self._tensors, self._complete = tensors, complete
         self._known: dict[FactorName, str] = {}
 
-    def of_layer(self, layer: QSVFTLinear, adapter: str) -> str:
+    def of_layer(self, layer: AdaptedLinear, adapter: str) -> str:
         """One text for all of a layer's factors, "" for none.
 
         Raises:
@@ -102,7 +102,7 @@ def split_factors(state_dict: Mapping[str, Tensor]) -> tuple[dict[FactorName, Te
     return factors, {key: value for key, value in state_dict.items() if names[key] is None}
 
 
-def _owner(layer: QSVFTLinear, adapter: str) -> str:
+def _owner(layer: AdaptedLinear, adapter: str) -> str:
     """Under which module's name the bases of an adapter are stored."""
     shared = layer.forms[adapter].group is not None
     return layer.module_name.rpartition(".")[0] if shared else layer.module_name

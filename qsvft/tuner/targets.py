@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..storage.residual import ResidualLinear
 from ..storage.weights import HeldLinear, check_weight
+from .adapted import AdaptedLinear
 from .config import QSVFTConfig
 from .groups import InputGroup, input_groups
 
@@ -39,7 +40,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         wanted.target_modules = all_linear(model, wanted)
     else:
         _check_names(model, wanted)
-    adapters = [f"{name}." for name, module in model.named_modules() if isinstance(module, _adapted_type())]
+    adapters = [f"{name}." for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
     names = [
         name
         for name, _ in model.named_modules()
@@ -75,8 +76,7 @@ def groups_of(model: nn.Module, config: QSVFTConfig, names: Sequence[str]) -> di
 
 def _check_dense(name: str, layer: nn.Module) -> None:
     """residual=True quantises by itself, from the dense weight."""
-    own = getattr(layer, "original_base", None)
-    base = layer if own is None else own()
+    base = layer.original_base() if isinstance(layer, AdaptedLinear) else layer
     if type(base) not in (nn.Linear, Conv1D, ResidualLinear):
         raise ValueError(
             f"{name}: residual=True needs the dense weight, found a {type(base).__name__}. Expected the model as it is "
@@ -155,11 +155,5 @@ def _check_names(model: nn.Module, config: QSVFTConfig) -> None:
 
 def _known(model: nn.Module) -> list[str]:
     """The last parts of the names of a model's linear layers."""
-    linear = (nn.Linear, Conv1D, _adapted_type())
+    linear = (nn.Linear, Conv1D, AdaptedLinear)
     return sorted({name.split(".")[-1] for name, m in model.named_modules() if name and isinstance(m, linear)})
-
-
-def _adapted_type() -> type[nn.Module]:
-    from .layer import QSVFTLinear
-
-    return QSVFTLinear

@@ -11,8 +11,8 @@ import qsvft
 import qsvft.memory.table
 from qsvft import memory
 from qsvft.memory import Row, plot
+from qsvft.memory.cards import GIB, usable_bytes
 from qsvft.memory.ledger import CATEGORIES, PHASES
-from qsvft.memory.report import GIB, usable_bytes
 
 METHODS = ("floor", "lora", "svft", "full")
 
@@ -136,4 +136,4 @@ def test_matplotlib_is_imported_for_plots_only(module, monkeypatch):
     names = {"__name__": "again", "__package__": "qsvft.memory"}
     monkeypatch.setitem(sys.modules, "again", types.ModuleType("again"))
     exec(compile(Path(module.__file__).read_text(), module.__file__, "exec"), names)
-    assert names["MemoryReport"]
+    assert names["Figures"]

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 
 import pytest
 import torch
@@ -11,22 +10,12 @@ from transformers import ViTConfig
 
 import qsvft
 from qsvft.memory import CARDS_GIB, METHODS, PRESETS, Row, parse_method
+from qsvft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, check_cards, fits, needed_bytes, usable_bytes
 from qsvft.memory.ledger import CATEGORIES, PHASES
 from qsvft.memory.measured import check_room
 from qsvft.memory.presets import model_config
 from qsvft.memory.profiler import LENGTH_STEP, LONGEST, longest_fitting
-from qsvft.memory.report import (
-    CONTEXT_BYTES,
-    FRAGMENTATION,
-    GIB,
-    RIVALS,
-    check_cards,
-    check_writable,
-    fits,
-    needed_bytes,
-    usable_bytes,
-    write_whole,
-)
+from qsvft.memory.rows import RIVALS
 from qsvft.memory.scenario import Scenario
 
 
@@ -338,35 +327,6 @@ def test_gib_are_shown_where_something_reaches_one():
     assert "GiB" in str(bare({"lora": 3 * GIB // 2})).splitlines()[3]
     assert " 1.50 " in str(bare({"lora": 3 * GIB // 2}))
     assert " 1.50 " in str(bare({"lora": 3 * 2**20 // 2}))
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "report.json"
-    path.write_text("old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, b"new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["report.json"]
-
-
-def test_a_link_is_written_through(tmp_path):
-    (tmp_path / "real").write_text("old")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    write_whole(tmp_path / "link", b"new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real").read_text() == "new"
-
-
-@pytest.mark.parametrize("path", ["missing/report.json", ".", "file/report.json"])
-def test_a_file_that_cannot_be_written_is_named(tmp_path, path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot write"):
-        check_writable(tmp_path / path)
 
 
 def test_presets_are_what_the_error_lists():

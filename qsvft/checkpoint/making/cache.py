@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from .directory import check_writable, is_finished
+from ...storage.whole_files import check_folder_writable
+from .directory import is_finished
 from .job import Job
 from .streaming import run_job
 
@@ -62,7 +63,7 @@ def prepared_in_cache(
 def _turn(folder: Path) -> Iterator[None]:
     """Let one process at a time prepare a directory of the cache; its lock goes with it, however it ends."""
     locks = folder.parent / _LOCKS
-    check_writable(folder.parent)
+    check_folder_writable(folder.parent)
     locks.mkdir(exist_ok=True)
     lock = FileLock(locks / f"{folder.name}.lock")
     try:

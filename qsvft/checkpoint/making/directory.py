@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...storage.whole_files import check_folder_writable, whole_file
+
 MANIFEST = ".qsvft-preparing.json"
 LOCK = ".qsvft-preparing.lock"
 INDEX = "model.safetensors.index.json"
@@ -119,7 +121,7 @@ class Target:
             ValueError: it is finished, or it was never a preparation.
             OSError: it cannot be made or written to.
         """
-        check_writable(self.folder)
+        check_folder_writable(self.folder)
         if is_finished(self.folder):
             raise ValueError(
                 f"{self.folder}: a prepared model stands here already; expected a new directory. Load it with "
@@ -178,7 +180,7 @@ class Target:
             "qsvft_names": names_digest(tensors),
             "qsvft_source": source,
         }
-        with _whole(path) as temporary:
+        with whole_file(path, path.parent / WRITING) as temporary:
             _save(tensors, temporary, metadata)
         return Record(path.name, tuple(sorted(tensors)), nbytes, source)
 
@@ -207,7 +209,7 @@ class Target:
             copied: files of the source that come along as they are.
         """
         for source in copied:
-            with _whole(self.folder / source.name) as temporary:
+            with whole_file(self.folder / source.name, self.folder / WRITING) as temporary:
                 shutil.copyfile(source, temporary)
         _write_json(self.folder / "config.json", config)
         weight_map = {name: records[unit].file for unit in self.units for name in records[unit].tensors}
@@ -234,60 +236,9 @@ def prepared_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.get("quant_method") == "qsvft" else None
 
 
-def check_writable(folder: Path) -> None:
-    """Make a directory, and find out whether files can be written there.
-
-    Raises:
-        OSError: naming it and what stands in the way.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: exists and is no directory; expected a directory to prepare into. Give another.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / f"{_OURS}trial"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise type(error)(
-            error.errno,
-            f"{folder}: cannot be written to ({reason}); expected a writable directory. Give another target",
-        ) from error
-
-
 def names_digest(names: Sequence[str] | dict[str, Any]) -> str:
     """SHA-256 of tensor names in order."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
-
-
-# --- whole files ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` when its bytes are on the disk, and is removed if anything fails."""
-    # In a directory of its own: safetensors writes to yet another name beside it first.
-    temporary = path.parent / WRITING / f"{path.name}-{os.getpid()}"
-    temporary.parent.mkdir(exist_ok=True)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(folder: Path) -> None:
-    """Put the renaming on the disk as well, where directories can be opened for that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -300,7 +251,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with _whole(path) as temporary:
+    with whole_file(path, path.parent / WRITING) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

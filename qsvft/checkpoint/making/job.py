@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ...prepare import check_residual, config_for, left_whole
 from ...storage.quantization import BITS
 from ...tuner.config import QSVFTConfig
+from ...tuner.tasks import check_residual, config_for, left_whole
 from ..source.architecture import FLOATS
 from ..source.checkpoint import Checkpoint, first_few, open_checkpoint
 from ..source.names import Names, empty_model, pieces_of

@@ -10,8 +10,8 @@ from ...lean.vocabulary import QuantizedModule
 from ...storage.factor_files import factor_tensors, length_tensors, residual_tensors
 from ...storage.factors import StoredBasis, measured_scale
 from ...storage.residual import ResidualLinear
+from ...tuner.adapted import AdaptedLinear
 from ...tuner.form import plain_key, residual_key
-from ...tuner.layer import QSVFTLinear
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def held_factors(model: nn.Module) -> dict[str, Tensor]:
     """The stored bases that a model's adapters use, each once, and the lengths that layers give their directions."""
     tensors: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, QSVFTLinear):
+        if not isinstance(layer, AdaptedLinear):
             continue
         grouped = {key for form in layer.forms.values() if form.group is not None for key in form.keys}
         one_sided = {form.inward for form in layer.forms.values() if form.kind != "both"}
@@ -57,7 +57,7 @@ def held_factors(model: nn.Module) -> dict[str, Tensor]:
 
 def _check(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, QSVFTLinear) and module.merged:
+        if isinstance(module, AdaptedLinear) and module.merged:
             raise ValueError(
                 f"{name}: adapters are merged into its weight; a prepared directory holds the quantised weight without "
                 "any. Call unmerge_adapter() first, or save the merged model (merge_and_unload())."

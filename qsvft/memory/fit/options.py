@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...tuner.config import QSVFTConfig
-from ..report import GIB
+from ..cards import GIB
 from .ladder import DEFAULTS
 from .recommend import Recommendation, recommend
 

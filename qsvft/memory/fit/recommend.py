@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...lean.chunked_loss import chunked_loss_obstacle
-from ...tuner.model import progress_bars
+from ...tuner.progress import progress_bars
+from ..cards import CONTEXT_BYTES, FRAGMENTATION, GIB, check_cards, fits, needed_bytes, unit_of
 from ..profiler import check_config, check_settings, longest_fitting, resolve
-from ..report import CONTEXT_BYTES, FRAGMENTATION, GIB, check_cards, fits, needed_bytes, unit_of
 from ..scenario import Scenario, one_line
 from ..shapes import empty_model
 from .ladder import Rung, ladder

@@ -9,9 +9,9 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig,
 import qsvft
 from qsvft import QSVFTConfig
 from qsvft.lean.vocabulary import QuantizedModule
+from qsvft.memory.cards import GIB, needed_bytes
 from qsvft.memory.fit.ladder import ladder
 from qsvft.memory.fit.options import card_size
-from qsvft.memory.report import GIB, needed_bytes
 from qsvft.memory.scenario import count_step
 from qsvft.memory.shapes import empty_model
 from qsvft.tuner import QSVFTLinear

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, ViTCon
 import qsvft
 from qsvft import QSVFTConfig
 from qsvft.memory import parse_method
+from qsvft.memory.cards import GIB, fits, needed_bytes
 from qsvft.memory.fit.ladder import DEFAULTS, FIXABLE, RANKS, STEPS, ladder
-from qsvft.memory.report import GIB, fits, needed_bytes
 from qsvft.memory.scenario import Scenario
 from qsvft.memory.shapes import empty_model
 

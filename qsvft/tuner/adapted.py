@@ -1,0 +1,97 @@
+"""What an adapted layer holds, and what others may ask of it: its weight, its bases, each adapter's form and M.
+
+The layer itself (:mod:`qsvft.tuner.layer`) computes with this; what attaches, saves and counts reads it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..maths import patterns
+from ..maths.basis import Basis
+from ..storage.factor_files import FactorSource
+from ..storage.nf4_product import slice_products
+from ..storage.weights import dense_weight, read_through
+from .config import QSVFTConfig
+from .form import Form
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A linear layer that holds bases, once for all adapters that agree on them, and each adapter's M.
+
+    Args:
+        base_layer: the layer that is adapted.
+        module_name: its name in the model, for messages and for the random pattern's seed.
+        shape: (outputs, inputs).
+
+    Attributes:
+        settings: the config of each adapter.
+        forms: which map it uses, and the keys of its bases.
+        came_from: the source that its factors were read from; None where they were computed.
+        base_digest: SHA-256 of the base weight as stored.
+        merged_adapters: the names of those that are in the weight now.
+    """
+
+    adapter_layer_names = ("qsvft_M",)
+    other_param_names = ("qsvft_pattern", "qsvft_probe", "qsvft_scale", "settings", "forms", "came_from")
+
+    base_layer: nn.Module
+    # BaseTunerLayer's, for the type checker.
+    active_adapters: list[str]
+    set_adapter: Callable[..., None]
+    get_base_layer: Callable[[], nn.Module]
+
+    def __init__(self, base_layer: nn.Module, module_name: str, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.base_layer = slice_products(base_layer)
+        self.module_name = module_name
+        self.out_features, self.in_features = shape
+        self.settings: dict[str, QSVFTConfig] = {}
+        self.forms: dict[str, Form] = {}
+        self.came_from: dict[str, FactorSource | None] = {}
+        self.qsvft_M = nn.ParameterDict()
+        self.qsvft_pattern = nn.ModuleDict()
+        self.qsvft_probe = BufferDict({}, persistent=True)
+        # Not persistent, so that PEFT does not save them; not keyed by adapter, so that it does not upcast them.
+        self.qsvft_bases = nn.ModuleDict()
+        self.qsvft_scale = BufferDict({}, persistent=False)
+        self.base_digest: bytes = b""
+        self.merged_adapters: list[str] = []
+        self._unmerged: list[nn.Module] = []  # in a list: it is not part of the module tree
+
+    def pattern(self, adapter: str) -> patterns.Pattern:
+        """The pattern of an adapter."""
+        pattern = self.qsvft_pattern[adapter]
+        assert isinstance(pattern, patterns.Pattern)
+        return pattern
+
+    def basis(self, key: str) -> Basis:
+        """A basis that this layer holds."""
+        basis = self.qsvft_bases[key]
+        assert isinstance(basis, Basis)
+        return basis
+
+    def held_bases(self) -> dict[str, Basis]:
+        """Every basis that this layer holds, by its key."""
+        return {key: self.basis(key) for key in self.qsvft_bases}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters' tensors belong."""
+        held = next((b for basis in self.qsvft_bases.values() for b in basis.buffers()), None)
+        return held.device if held is not None else next(self.base_layer.parameters()).device
+
+    def original_base(self) -> nn.Module:
+        """The base layer without any merged adapter."""
+        return self._unmerged[0] if self._unmerged else self.get_base_layer()
+
+    def original_weight(self) -> Tensor:
+        """The base weight (m, n) as held, dense and without merged adapters."""
+        base = self.original_base()
+        weight = dense_weight(base)
+        return weight if weight is not None else read_through(base, self.in_features)
