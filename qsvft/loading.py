@@ -8,29 +8,31 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .checkpoint.making.cache import prepared_in_cache
 from .checkpoint.making.job import chosen_dtype, open_job
 from .checkpoint.making.plan import stored_forms
 from .checkpoint.making.streaming import chosen_device
-from .checkpoint.prepared.quantizer import METHOD
-from .lean.vocabulary import check_embeddings
-from .lean.vocabulary import quantize_embeddings as hold_embeddings
+from .checkpoint.prepared.record import prepared_record, recorded_options
+from .checkpoint.source.architecture import base_class
+from .lean.option import shows
+from .lean.switches import Switches, without_switches
+from .lean.vocabulary import check_embeddings, quantize_embeddings
 from .memory.fit.ladder import STEPS
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .prepare import attach_lean
 from .storage.factor_files import FactorFiles
-from .tuner.config import FACTOR_FIELDS, QSVFTConfig
+from .tuner.config import QSVFTConfig
 from .tuner.targets import check_targets, groups_of
 from .tuner.tasks import config_for, left_whole
 from .use_factors import use_factors
 
 
+@shows(Switches, QSVFTConfig)
 def from_pretrained(
     path_or_id: str | os.PathLike[str],
     bits: int | None = None,
@@ -47,10 +49,6 @@ def from_pretrained(
     device: str | torch.device | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    gradient_checkpointing: bool | None = None,
-    offload: bool | None = None,
-    chunked_loss: bool = True,
-    quantize_embeddings: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> PeftModel:
@@ -74,8 +72,9 @@ def from_pretrained(
         cache_dir: where checkpoints are kept once prepared; None for $QSVFT_CACHE or ~/.cache/qsvft.
         workers, device: for the preparation, see :func:`prepare_checkpoint`.
         revision, token: for a hub id.
-        gradient_checkpointing, offload, chunked_loss, quantize_embeddings, progress: see :func:`prepare`.
-        **options: fields of :class:`QSVFTConfig`. What is not given is as the directory was prepared for.
+        progress: show progress bars.
+        **options: switches and fields of :class:`QSVFTConfig`, see :func:`prepare`. What is not given is as the
+            directory was prepared for.
 
     Returns:
         A ``peft.PeftModel``, as :func:`prepare` gives it.
@@ -84,54 +83,40 @@ def from_pretrained(
         ValueError: options that need other factors than the prepared directory holds; everything that
             :func:`prepare_checkpoint` and :func:`prepare` refuse.
     """
-    given = {} if config is None else {"config": config}
-    if adapter is not None and (options or given):
+    lean, fields = without_switches(options)
+    Switches(**lean)
+    if adapter is not None and (fields or config is not None):
+        own = sorted([*fields, *(["config"] if config is not None else [])])
         raise ValueError(
-            f"from_pretrained(): the adapter {str(adapter)!r} has a config of its own; expected no other, got "
-            f"{sorted({**options, **given})}. Leave them out."
+            f"from_pretrained(): the adapter {str(adapter)!r} has a config of its own; expected no other, got {own}. "
+            "Leave them out."
         )
     if fit is not None and (adapter is not None or config is not None):
         raise ValueError(
             "from_pretrained(): fit chooses what is in a config; give fit with single options, or a config or an "
             "adapter without it"
         )
-    switches: dict[str, Any] = {
-        "gradient_checkpointing": gradient_checkpointing,
-        "offload": offload,
-        "chunked_loss": chunked_loss,
-        "quantize_embeddings": quantize_embeddings,
-    }
-    hub = {"revision": revision, "token": token}
-    read = _read_config(path_or_id, hub)
-    if _record(read) is None:
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    options = {**lean, **fields}
+    if prepared_record(_read_config(path_or_id, hub)) is None:
         wanted, held = (config, 4) if adapter is None else _of_adapter(adapter)
-        job = open_job(
-            path_or_id, held if bits is None else bits, wanted, options, dtype=dtype, revision=revision, token=token
-        )
+        job = open_job(path_or_id, held if bits is None else bits, wanted, fields, dtype=dtype, **hub)
         if fit is not None:
-            options, switches = fitting_options(job.model, fit, job.bits, options, switches, progress)
-            job, fit = replace(job, given=options), None
+            options, fit = fitting_options(job.model, fit, job.bits, options, progress), None
+            job = replace(job, given=without_switches(options)[1])
         path_or_id, hub = prepared_in_cache(job, cache_dir, workers, chosen_device(device), progress), {}
-        read = _read_config(path_or_id, hub)
-    record = _record(read) or {}
-    _check_bits(path_or_id, bits, record)
-    model = base_class(read).from_pretrained(
-        path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub
-    )
+    model, record = _load(path_or_id, bits, dtype, device_map, hub)
     if fit is not None:
-        fixed = {**_fixed(record), **options}
-        options, switches = fitting_options(model, fit, record["bits"], fixed, switches, progress)
+        options = fitting_options(model, fit, record["bits"], {**_fixed(record), **options}, progress)
     if factors is not None:
         use_factors(model, factors)
+    lean, fields = without_switches(options)
     if config is None and adapter is None:
-        config = config_for(model, {**_recorded(record), **options})
+        config = config_for(model, {**recorded_options(record), **fields})
     if config is not None:
         _check_factors(path_or_id, model, config)
-    whole = [*(config.modules_to_save or ()), *left_whole(config)] if config is not None else []
-    held_in = switches.pop("quantize_embeddings") or 16
-    check_embeddings(model, held_in, skip_modules=whole)
-    if held_in != 16:
-        hold_embeddings(model, held_in, skip_modules=whole)
+    switches = Switches(**lean)
+    _hold_vocabulary(model, switches.quantize_embeddings, config)
 
     def attach(frozen: nn.Module) -> nn.Module:
         if config is not None:
@@ -139,7 +124,32 @@ def from_pretrained(
         # Read on the CPU: a self-contained adapter's factors go to the card once, when it is attached.
         return PeftModel.from_pretrained(frozen, adapter, adapter_name, is_trainable=True, torch_device="cpu")
 
-    return attach_lean(model, attach, progress=progress, **switches)
+    return attach_lean(model, attach, switches, progress)
+
+
+def _load(
+    path_or_id: str | os.PathLike[str],
+    bits: int | None,
+    dtype: torch.dtype | str | None,
+    device_map: Any,
+    hub: dict[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in a prepared directory, and the directory's record."""
+    read = _read_config(path_or_id, hub)
+    record = prepared_record(read) or {}
+    _check_bits(path_or_id, bits, record)
+    model = base_class(read).from_pretrained(
+        path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub
+    )
+    return model, record
+
+
+def _hold_vocabulary(model: PreTrainedModel, bits: int, config: QSVFTConfig | None) -> None:
+    """Hold embeddings and head in fewer bits, but for what trains whole."""
+    whole = [*(config.modules_to_save or ()), *left_whole(config)] if config is not None else []
+    check_embeddings(model, bits, skip_modules=whole)
+    if bits != 16:
+        quantize_embeddings(model, bits, skip_modules=whole)
 
 
 # --- an ordinary checkpoint -----------------------------------------------------------------------
@@ -148,8 +158,7 @@ def from_pretrained(
 def _of_adapter(adapter: str | os.PathLike[str]) -> tuple[QSVFTConfig, int]:
     """The config of an adapter, and the bits of the base that it was made on: how its base is to be prepared."""
     config = QSVFTConfig.from_pretrained(str(adapter))
-    held = (config.base or {}).get("weights") or [{}]
-    return config, held[0].get("bits", 4)
+    return config, config.held_base().get("bits", 4)
 
 
 # --- a prepared directory -------------------------------------------------------------------------
@@ -163,33 +172,10 @@ def _read_config(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> Pre
         return None
 
 
-def _record(config: PretrainedConfig | None) -> dict[str, Any] | None:
-    """What a prepared directory says of itself; None for any other checkpoint."""
-    record = getattr(config, "quantization_config", None)
-    return record if isinstance(record, dict) and record.get("quant_method") == METHOD else None
-
-
-def is_prepared(config: PretrainedConfig) -> bool:
-    """Whether a config is that of a prepared directory."""
-    return _record(config) is not None
-
-
-def _recorded(record: dict[str, Any]) -> dict[str, Any]:
-    """The options that a directory was prepared for."""
-    adapter = record.get("adapter") or {}
-    return {name: value for name, value in adapter.items() if name in FACTOR_FIELDS}
-
-
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:
     """Of the options that a directory was prepared for those that a recommendation must know."""
     usual, changed = QSVFTConfig().factor_options(), {step.option for step in STEPS}
-    return {name: value for name, value in _recorded(record).items() if name in changed or value != usual[name]}
-
-
-def base_class(config: PretrainedConfig | None) -> Any:
-    """The class that a checkpoint's config names, a causal language model where it names none."""
-    names = getattr(config, "architectures", None) or []
-    return getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+    return {name: value for name, value in recorded_options(record).items() if name in changed or value != usual[name]}
 
 
 def _check_bits(name: str | os.PathLike[str], bits: int | None, record: dict[str, Any]) -> None:

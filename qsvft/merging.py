@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from .checkpoint.making.streaming import companions
-from .loading import base_class, is_prepared
+from .checkpoint.prepared.record import prepared_record
+from .checkpoint.source.architecture import base_class
 from .storage.quantization import quantize
 from .storage.whole_files import check_folder_writable
 from .tuner.config import QSVFTConfig
@@ -74,11 +75,10 @@ def _base(base: str | os.PathLike[str], config: QSVFTConfig, device_map: Any, pr
     """The base model, quantised."""
     read = AutoConfig.from_pretrained(base)
     model = base_class(read).from_pretrained(base, dtype="auto", device_map=device_map)
-    if is_prepared(read):
+    if prepared_record(read) is not None:
         return model
-    held = (config.base or {}).get("weights") or [{}]
-    bits = held[0].get("bits", 4)
-    dtype = getattr(torch, str(held[0].get("dtype")), None)
+    held = config.held_base()
+    dtype = getattr(torch, str(held.get("dtype")), None)
     if isinstance(dtype, torch.dtype):
         model = model.to(dtype)
-    return quantize(model, bits, skip_modules=list(config.modules_to_save or ()), progress=progress)
+    return quantize(model, held.get("bits", 4), skip_modules=list(config.modules_to_save or ()), progress=progress)

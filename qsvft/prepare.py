@@ -15,6 +15,8 @@ from .lean.checkpointing import enable_checkpointing
 from .lean.chunked_loss import chunked_loss_obstacle, enable_chunked_loss
 from .lean.norms import lean_norms
 from .lean.offload import offload_checkpoints
+from .lean.option import shows
+from .lean.switches import Switches, without_switches
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .storage.quantization import quantize
@@ -24,6 +26,7 @@ from .tuner.targets import check_targets
 from .tuner.tasks import check_residual, config_for, left_whole
 
 
+@shows(Switches, QSVFTConfig)
 def prepare(
     model: nn.Module,
     bits: int = 4,
@@ -31,10 +34,6 @@ def prepare(
     fit: str | float | Mapping[str, Any] | Recommendation | None = None,
     config: QSVFTConfig | None = None,
     adapter_name: str = "default",
-    gradient_checkpointing: bool | None = None,
-    offload: bool | None = None,
-    chunked_loss: bool = True,
-    quantize_embeddings: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> PeftModel:
@@ -54,15 +53,11 @@ def prepare(
             that are not given are then those of :func:`qsvft.recommend`, and not the defaults.
         config: a whole :class:`QSVFTConfig`; give either this or single options, or ``fit``.
         adapter_name: name of the adapter.
-        gradient_checkpointing: recompute activations in the backward where the model supports it (on by default).
-        offload: keep each layer's checkpoint in host memory between forward and backward (off by default).
-        chunked_loss: never hold the logits of a whole batch in training, see :func:`enable_chunked_loss`; models
-            whose loss is another one keep their own.
-        quantize_embeddings: hold frozen token embeddings and output head in 16 (as they are, the default), 8 or 4 bits.
         progress: show progress bars.
-        **options: fields of :class:`QSVFTConfig`, such as rank=1024, pattern="plain", sides="both".
-            Where ``task_type`` is not given it follows from the model's class, so that a fresh
-            classification head is trained and saved with the adapter.
+        **options: the switches gradient_checkpointing (on), offload (off), chunked_loss (on) and quantize_embeddings
+            (16), see :class:`~qsvft.lean.switches.Switches`; and fields of :class:`QSVFTConfig`, such as rank=1024,
+            pattern="plain", sides="both". Where ``task_type`` is not given it follows from the model's class, so
+            that a fresh classification head is trained and saved with the adapter.
 
     Returns:
         A ``peft.PeftModel``, for Trainer, TRL, ``save_pretrained``, ``merge_and_unload``.
@@ -72,60 +67,45 @@ def prepare(
             nothing, a rank over a layer's limit, NaN or Inf in a weight, a meta-device model, a card that
             nothing fits.
     """
-    if config is not None and options:
-        raise ValueError(f"prepare(): give either config or single options, got both: {sorted(options)}")
+    lean, fields = without_switches(options)
+    switches = Switches(**lean)
+    if config is not None and fields:
+        raise ValueError(f"prepare(): give either config or single options, got both: {sorted(fields)}")
     _refuse_prepared(model)
     if fit is not None:
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
-        switches: dict[str, Any] = {
-            "gradient_checkpointing": gradient_checkpointing,
-            "offload": offload,
-            "chunked_loss": chunked_loss,
-            "quantize_embeddings": quantize_embeddings,
-        }
-        options, switches = fitting_options(model, fit, bits, options, switches, progress)
-        return prepare(model, bits, adapter_name=adapter_name, progress=progress, **switches, **options)
-    config = config if config is not None else config_for(model, options)
+        options = fitting_options(model, fit, bits, {**lean, **fields}, progress)
+        return prepare(model, bits, adapter_name=adapter_name, progress=progress, **options)
+    config = config if config is not None else config_for(model, fields)
     trained_whole = [*(config.modules_to_save or []), *left_whole(config)]
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
     check_residual(config, bits)
-    vocabulary.check_embeddings(model, quantize_embeddings or 16, skip_modules=trained_whole)
+    vocabulary.check_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     # A residual base is quantised where it is made, from the dense weight.
     quantize(model, bits, skip_modules=[*trained_whole, *(targets if config.residual else ())], progress=progress)
-    if quantize_embeddings not in (None, 16):
-        vocabulary.quantize_embeddings(model, quantize_embeddings, skip_modules=trained_whole)
+    if switches.quantize_embeddings != 16:
+        vocabulary.quantize_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     record = config.factor_options()  # as they were given: PEFT puts names in place of "all-linear"
     prepared = attach_lean(
-        model,
-        lambda frozen: get_peft_model(frozen, config, adapter_name=adapter_name),
-        gradient_checkpointing=gradient_checkpointing,
-        offload=offload,
-        chunked_loss=chunked_loss,
-        progress=progress,
+        model, lambda frozen: get_peft_model(frozen, config, adapter_name=adapter_name), switches, progress
     )
     mark_prepared(model, record)
     return prepared
 
 
 def attach_lean(
-    model: nn.Module,
-    attach: Callable[[nn.Module], nn.Module],
-    *,
-    gradient_checkpointing: bool | None = None,
-    offload: bool | None = None,
-    chunked_loss: bool = True,
-    progress: bool = True,
+    model: nn.Module, attach: Callable[[nn.Module], nn.Module], switches: Switches, progress: bool = True
 ) -> PeftModel:
     """Attach adapters to a model that is quantised already, and make its training step lean; see :func:`prepare`."""
     with progress_bars(progress):
         prepared = attach(lean_norms(model))
     assert isinstance(prepared, PeftModel)
-    if gradient_checkpointing is not False:
+    if switches.gradient_checkpointing:
         enable_checkpointing(model)
-    if offload:
+    if switches.offload:
         offload_checkpoints(model)
-    if chunked_loss and chunked_loss_obstacle(model) is None:
+    if switches.chunked_loss and chunked_loss_obstacle(model) is None:
         enable_chunked_loss(model)
     return prepared
 

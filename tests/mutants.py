@@ -579,15 +579,15 @@ MUTANTS = (
     Mutant(
         "a fit that keeps only what was given",
         "memory/fit/options.py",
-        "    return chosen, changed\n",
-        "    return dict(options), changed\n",
+        "    return {**options, **found.options}\n",
+        "    return dict(options)\n",
         ("memory/fit/test_options.py",),
     ),
     Mutant(
         "the factors of a prepared directory up for choice",
         "loading.py",
-        "fixed = {**_fixed(record), **options}",
-        "fixed = options",
+        "{**_fixed(record), **options}",
+        "options",
         ("memory/fit/test_options.py",),
     ),
     Mutant(

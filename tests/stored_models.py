@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import qsvft
 from qsvft.maths import decomposition
-from qsvft.storage.factor_files import factor_tensors, length_tensors
+from qsvft.storage.factor_files import FactorFiles, factor_tensors, length_tensors
 from qsvft.storage.factors import measured_scale
+from qsvft.storage.tensor_files import TensorFiles
 from qsvft.tuner import QSVFTLinear
 
 
@@ -44,6 +45,11 @@ def named_factors(model: nn.Module) -> dict[str, Tensor]:
                     name, form.inward, *measured_scale(layer.original_weight(), basis, side, basis.rank)
                 )
     return tensors
+
+
+def factors_in(folder: Path) -> FactorFiles:
+    """Those of a directory."""
+    return FactorFiles(TensorFiles.from_folder(folder).paths)
 
 
 def write(folder: Path, base: nn.Module, factors: dict[str, Tensor]) -> Path:

@@ -9,48 +9,29 @@ import typer
 
 from ..checkpoint.making.job import Job, open_job
 from ..checkpoint.making.streaming import PreparationInterrupted, chosen_device, run_job
-from ..maths.decomposition import DECOMPOSITIONS
-from ..tuner.config import BASES, SIDES
+from ..tuner.config import OPTIONS
 from .errors import bad_input, complain
+from .options import takes_options
 from .quiet import quiet
 
+FACTORS = [one for one in OPTIONS.values() if one.of_factors]
+"""What a prepared directory depends on."""
 
+
+@takes_options(FACTORS)
 def prepare(
     source: Annotated[str, typer.Argument(help="A directory or file of safetensors, or a hub id.")],
     target: Annotated[Path, typer.Argument(help="The directory to make, or to go on with.")],
     bits: Annotated[int, typer.Option(help="How the base is held: 4 (NF4), 8 (int8) or 16 (as it is).")] = 4,
-    rank: Annotated[int | None, typer.Option(help="Singular directions a layer; all without it.")] = None,
-    sides: Annotated[str | None, typer.Option(help=f"One of {', '.join(SIDES)}.")] = None,
-    factor_bits: Annotated[int | None, typer.Option(help="How U and V are held: 16, 8 or 4 bits.")] = None,
-    decomposition: Annotated[str | None, typer.Option(help=f"One of {', '.join(DECOMPOSITIONS)}.")] = None,
-    share_inputs: Annotated[
-        bool | None, typer.Option(help="One V for layers that read the same input (q, k, v; gate, up).")
-    ] = None,
-    basis: Annotated[str | None, typer.Option(help=f"One of {', '.join(BASES)}.")] = None,
-    residual: Annotated[
-        bool | None, typer.Option("--residual", help="Quantise W - U S V^T; needs --sides both.")
-    ] = None,
-    target_modules: Annotated[list[str] | None, typer.Option(help="Layers to decompose; repeatable.")] = None,
-    exclude_modules: Annotated[list[str] | None, typer.Option(help="Layers to leave out; repeatable.")] = None,
     dtype: Annotated[str | None, typer.Option(help="The weights' dtype before they are quantised.")] = None,
     workers: Annotated[int, typer.Option(help="Processes at once; each takes memory for a matrix.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub id.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan, write nothing.")] = False,
+    **options: Any,
 ) -> None:
     """Quantise and decompose a checkpoint into a directory that loads in seconds. Interrupted, it goes on."""
-    options: dict[str, Any] = {
-        "rank": rank,
-        "sides": sides,
-        "factor_bits": factor_bits,
-        "decomposition": decomposition,
-        "share_inputs": share_inputs,
-        "basis": basis,
-        "residual": residual,
-        "target_modules": target_modules or None,
-        "exclude_modules": exclude_modules or None,
-    }
-    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if value not in (None, [])}
     with quiet(), bad_input():
         job = open_job(source, bits, None, chosen, dtype=dtype, revision=revision)
         where = chosen_device(device)

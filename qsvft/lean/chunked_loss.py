@@ -33,11 +33,11 @@ from transformers.utils import logging
 
 from .cross_entropy import Rows, chunked_cross_entropy
 from .deferred_logits import DeferredLogits, HeadCall, true_logits
+from .disguise import disguised, undisguised
 
 logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
-_PLAIN = "_qsvft_plain_class"
 _ABSENT = object()
 
 
@@ -76,7 +76,7 @@ def disable_chunked_loss(model: Model) -> Model:
     """Take back :func:`enable_chunked_loss`, in place; a model without it is left as it is."""
     base = _base(model)
     if _enabled(base):
-        _become(base, getattr(type(base), _PLAIN))
+        _become(base, undisguised(base, _chunked_class))
     return model
 
 
@@ -115,7 +115,7 @@ def _calls_loss_function(cls: type) -> bool:
 
 
 def _enabled(base: nn.Module) -> bool:
-    return _PLAIN in vars(type(base))
+    return undisguised(base, _chunked_class) is not None
 
 
 def _become(base: nn.Module, cls: type) -> None:
@@ -141,19 +141,7 @@ def _chunked_class(plain: Any) -> type:
         with _deferring(self):
             return forward(self, *args, **kwargs)
 
-    def reduce_ex(self: Any, protocol: Any) -> Any:
-        # The class exists in no module: pickle the plain one and the model's state.
-        _, _, *state = plain.__reduce_ex__(self, max(int(protocol), 2))
-        return _empty, (plain,), *state
-
-    members = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    members |= {"forward": chunked_forward, "__reduce_ex__": reduce_ex, _PLAIN: plain}
-    return type(plain)(plain.__name__, (plain,), members)
-
-
-def _empty(plain: type) -> Any:
-    cls: Any = _chunked_class(plain)
-    return cls.__new__(cls)
+    return disguised(plain, _chunked_class, chunked_forward)
 
 
 def _may_defer(model: Any, labels: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MARK = "_qsvft_plain_norm"
+from .disguise import disguised, undisguised
 
 
 def lean_norms(model: nn.Module) -> nn.Module:
@@ -27,7 +27,7 @@ def lean_norms(model: nn.Module) -> nn.Module:
         The same model.
     """
     for module in model.modules():
-        if _is_norm(module) and not hasattr(type(module), _MARK):
+        if _is_norm(module) and undisguised(module, _lean_class) is None:
             plain: Any = type(module)
             module.__class__ = _lean_class(plain)
     return model
@@ -36,7 +36,7 @@ def lean_norms(model: nn.Module) -> nn.Module:
 def plain_norms(model: nn.Module) -> nn.Module:
     """Undo :func:`lean_norms`."""
     for module in model.modules():
-        plain = getattr(type(module), _MARK, None)
+        plain = undisguised(module, _lean_class)
         if plain is not None:
             module.__class__ = plain
     return model
@@ -48,8 +48,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 @functools.cache
 def _lean_class(plain: Any) -> type:
-    """A subclass of a norm's class under the same name. A class of its own, and no closure on the module, leaves
-    copying, saving and freeing a model as they are."""
+    """The subclass of a norm's class that keeps its input alone."""
 
     @functools.wraps(plain.forward)
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,20 +56,7 @@ def _lean_class(plain: Any) -> type:
             return plain.forward(self, x, *args, **kwargs)
         return _Recomputed.apply(x, self, plain.forward)
 
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (plain,), {**names, "forward": forward, "__reduce_ex__": _as_plain, _MARK: plain})
-
-
-def _as_plain(module: Any, protocol: Any) -> Any:
-    """Pickled and copied as the plain class and made lean again, so that no process need know this one."""
-    plain = getattr(type(module), _MARK)
-    return _lean_copy, (plain,), module.__dict__
-
-
-def _lean_copy(plain: Any) -> nn.Module:
-    module: nn.Module = plain.__new__(plain)
-    module.__class__ = _lean_class(plain)
-    return module
+    return disguised(plain, _lean_class, forward)
 
 
 def _may_be_lean(module: nn.Module, x: object) -> bool:

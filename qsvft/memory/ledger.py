@@ -219,16 +219,6 @@ class Ledger(TorchDispatchMode):
                     peaks[name] = Peak(total, dict(live), event.phase, event.module)
         return peaks
 
-    def timeline(self) -> list[tuple[str, dict[str, int]]]:
-        """(phase, live bytes by category) after each event of the step."""
-        live = dict.fromkeys(CATEGORIES, 0)
-        points = []
-        for event in self.events:
-            live[event.allocation.category] += event.nbytes
-            if event.phase in PHASES:
-                points.append((event.phase, dict(live)))
-        return points
-
 
 # --- operations whose inner temporaries matter ----------------------------------------------------
 

@@ -41,22 +41,26 @@ from transformers import PreTrainedModel
 from ..lean.chunked_loss import enable_chunked_loss
 from ..lean.norms import lean_norms
 from ..lean.offload import offload_checkpoints
+from ..lean.option import INTEGER
+from ..lean.switches import SWITCHES
 from ..lean.vocabulary import quantize_embeddings
 from ..storage.quantization import quantize
 from ..storage.shapes_only import shapes_only
-from ..tuner.config import QSVFTConfig
+from ..tuner.config import OPTIONS, QSVFTConfig
 from .factored import factor_linears
 from .shapes import nf4_on_meta
 
 DEFAULT_METHODS = ("floor", "lora", "qlora", "qlora-kbit", "svft", "svft-authors", "qsvft", "full")
 
-_INTEGERS = ("rank", "off_diagonals", "seed", "bits", "factor_bits", "quantize_embeddings")
-_SWITCHES = ("chunked_loss", "share_inputs", "residual", "offload_checkpoints")
-_ADAPTER = (
-    *("rank", "pattern", "off_diagonals", "sides", "tail_damping", "seed", "factor_bits", "share_inputs", "basis"),
-    "decomposition",
-)
-_QSVFT_OPTIONS = (*_ADAPTER, "residual", "bits", "quantize_embeddings", "offload_checkpoints", "chunked_loss")
+COUNTED = {name: one for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted}
+"""The options that the ledger counts."""
+
+WRITTEN = {
+    name: one.kind for name, one in COUNTED.items() if one.kind.read is not None and name != "gradient_checkpointing"
+}
+"""Those that a method's text can say; gradient checkpointing is the whole profile's."""
+
+_OLDER_NAMES = {"offload_checkpoints": "offload"}
 _RANKED = {"lora": 16, "qlora": 16, "qlora-kbit": 16, "dora": 16, "vera": 256, "boft": 4}
 
 
@@ -83,7 +87,7 @@ class Method:
     @property
     def adapter(self) -> dict[str, Any]:
         """The options that belong to qsvft's config."""
-        return {key: value for key, value in self.options.items() if key in (*_ADAPTER, "residual")}
+        return {key: value for key, value in self.options.items() if key in OPTIONS}
 
 
 def parse_method(text: str) -> Method:
@@ -100,30 +104,26 @@ def parse_method(text: str) -> Method:
         key, equals, value = part.partition("=")
         if not equals:
             key, value = "rank", key
+        key = _OLDER_NAMES.get(key, key)
         options[key] = _value(text, name, key, value)
     return Method(text, name, options)
 
 
 def _value(text: str, name: str, key: str, value: str) -> Any:
-    allowed = _QSVFT_OPTIONS if name == "qsvft" else (*(("rank",) if name in _RANKED else ()), "chunked_loss")
+    allowed = ("bits", *WRITTEN) if name == "qsvft" else (*(("rank",) if name in _RANKED else ()), "chunked_loss")
     if key not in allowed:
         raise ValueError(f"method {text!r}: unknown option {key!r}; {name} takes {', '.join(allowed)}")
     if key == "rank" and value == "full" and name == "qsvft":
         return None
-    if key in _SWITCHES:
-        if value not in ("true", "false"):
-            raise ValueError(f"method {text!r}: {key} must be true or false, got {value!r}")
-        return value == "true"
-    if key in _INTEGERS:
-        if not value.isdigit() or (key == "rank" and int(value) < 1):
-            raise ValueError(f"method {text!r}: {key} must be a whole number of at least 1, got {value!r}")
-        return int(value)
-    if key == "tail_damping":
-        try:
-            return float(value)
-        except ValueError as error:
-            raise ValueError(f"method {text!r}: tail_damping must be a number, got {value!r}") from error
-    return value
+    kind = WRITTEN.get(key, INTEGER)
+    assert kind.read is not None
+    try:
+        found = kind.read(value)
+        if key == "rank" and found < 1:
+            raise ValueError(value)
+        return found
+    except ValueError as error:
+        raise ValueError(f"method {text!r}: {key} must be {kind.expected}, got {value!r}") from error
 
 
 def build(method: Method, model: PreTrainedModel) -> nn.Module:
@@ -135,7 +135,7 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
         built = _BUILDERS[method.name](method, model)
     if method.chunked_loss:
         enable_chunked_loss(model)
-    if method.options.get("offload_checkpoints"):
+    if method.options.get("offload"):
         offload_checkpoints(model)
     return built.to("meta") if meta else built
 

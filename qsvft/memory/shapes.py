@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..storage.nf4 import empty_nf4_linear
 from ..storage.quantization import partition_linears, set_flags
-from ..storage.shapes_only import empty_nf4_linear
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:

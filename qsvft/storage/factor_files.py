@@ -18,9 +18,9 @@ from .factor_names import factor_tensors as factor_tensors  # what is read here 
 from .factor_names import length_tensors as length_tensors
 from .factor_names import residual_tensors as residual_tensors
 from .factors import StoredBasis
-from .finite import all_finite
 from .stored_matrix import BLOCKS, STORED_DTYPE, StoredMatrix
 from .tensor_files import TensorFiles
+from .weights import all_finite
 
 
 class FactorSource(Protocol):
@@ -55,11 +55,6 @@ class FactorFiles:
                 )
             self._stored[name] = stored
         self._files = TensorFiles({stored: files[stored] for stored in self._stored.values()})
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> FactorFiles:
-        """Those of a checkpoint's files; see :meth:`TensorFiles.from_folder`, also for what it raises."""
-        return cls(TensorFiles.from_folder(folder).paths)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> FactorFiles:

@@ -17,8 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .nf4 import nf4_parameter
-from .shapes_only import empty_nf4_linear
+from .nf4 import empty_nf4_linear, nf4_parameter
 from .weights import HeldLinear, check_quant_state, check_weight, compute_dtype, dense_layer, dense_weight
 
 BITS = (4, 8, 16)

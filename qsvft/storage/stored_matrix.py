@@ -164,12 +164,6 @@ class StoredMatrix(nn.Module):
         """Rows [start, stop), dense; a view of what is held where nothing has to be done."""
         return dense_rows(self.layout, self.parts(start, stop), dtype)
 
-    def gather(self, indices: Tensor, dtype: torch.dtype = STORED_DTYPE) -> Tensor:
-        """Single rows: indices of any shape (...) give (..., columns)."""
-        flat = indices.reshape(-1)
-        rows = dense_rows(self.layout, tuple(part[flat] for part in self._held()), dtype)
-        return rows.view(*indices.shape, self.columns)
-
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

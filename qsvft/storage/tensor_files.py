@@ -47,13 +47,17 @@ class TensorFiles:
         raise FileNotFoundError(f"{folder}: expected {INDEX_NAME} or {SINGLE_NAME} in it, found neither")
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> TensorFiles:
+    def from_file(cls, path: str | os.PathLike[str], remedy: str = "make it again") -> TensorFiles:
         """A single file.
+
+        Args:
+            path: the file.
+            remedy: what to do with a damaged one, where copying it again does not help.
 
         Raises:
             ValueError: it is not a whole safetensors file.
         """
-        return cls(dict.fromkeys(_opened(os.fspath(path)).keys(), path))
+        return cls(dict.fromkeys(_opened(os.fspath(path), remedy).keys(), path))
 
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU.
@@ -96,11 +100,11 @@ def _read_index(index: Path) -> dict[str, Path]:
         ) from error
 
 
-def _opened(path: str) -> Any:
+def _opened(path: str, remedy: str = "make it again") -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); found {os.path.getsize(path)} bytes. It is truncated or "
-            "damaged: copy it again, or make it again."
+            f"damaged: copy it again, or {remedy}."
         ) from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .finite import all_finite
+from .digests import tensor_bytes
 from .shapes_only import shapes_only_active
 
 _UNIT_ROWS = 512
@@ -94,6 +94,13 @@ def check_quant_state(name: str, layer: bnb.nn.Linear4bit) -> None:
         )
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN or Inf. Reads the smallest and the largest entry: isfinite would make a mask first."""
+    if tensor.numel() == 0:
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
+
+
 # --- reading weights ------------------------------------------------------------------------------
 
 
@@ -150,7 +157,7 @@ def weight_digest(layer: nn.Module) -> bytes:
     for tensor in stored_tensors(layer):
         if tensor.is_meta:
             return b""
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        sha.update(tensor_bytes(tensor))
     return sha.digest()
 
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ..lean.option import INTEGER, NAMES, NUMBER, SWITCH, TABLE, WORD, declared, is_integer, one_of, option
 from ..maths.decomposition import DECOMPOSITIONS
 from ..maths.patterns import PATTERNS
-from ..storage.factor_files import FactorFiles
 from ..storage.stored_matrix import STORED_BITS
-from .files import check_adapter_directory, weights_file
+from ..storage.tensor_files import TensorFiles
+from ..storage.whole_files import whole_file
 from .peft_type import QSVFT
 
 SIDES = ("one", "both")
 BASES = ("singular", "hadamard")
-FACTOR_FIELDS = (
-    *("target_modules", "exclude_modules", "modules_to_save", "rank", "rank_pattern", "sides", "factor_bits"),
-    *("share_inputs", "basis", "seed", "residual", "decomposition"),
-)
-"""The fields of a config on which weights and factors depend; the others are M's alone."""
 
 
 def _refuse(name: str, found: object, allowed: str) -> NoReturn:
@@ -36,8 +34,22 @@ def _in_order(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()}
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or isinstance(value, str) or _strings(value)
+
+
+def _is_groups(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(names, (list, tuple)) and len(names) > 1 and _strings(names) for names in value
+    )
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, Collection) and all(isinstance(one, str) for one in value)
 
 
 @dataclass
@@ -86,39 +98,109 @@ class QSVFTConfig(PeftConfig):
         ValueError: a field out of its range; the message names the field and what is allowed.
     """
 
-    target_modules: set[str] | list[str] | str | None = field(
-        default="all-linear", metadata={"help": "Linear layers to adapt: names, a regex, or 'all-linear'."}
+    target_modules: set[str] | list[str] | str | None = option(
+        "all-linear",
+        NAMES,
+        "Linear layers to adapt: names, a regex, or 'all-linear'.",
+        "names, a regular expression or 'all-linear'",
+        bool,
+        of_factors=True,
+        counted=True,
     )
-    exclude_modules: set[str] | list[str] | str | None = field(
-        default=None, metadata={"help": "Layers to leave out: names or a regex."}
+    exclude_modules: set[str] | list[str] | str | None = option(
+        None, NAMES, "Layers to leave out: names or a regex.", "strings", _is_names, of_factors=True, counted=True
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train and save whole, such as a new head."}
+    modules_to_save: list[str] | None = option(
+        None, NAMES, "Modules to train and save whole, such as a new head.", "strings", _is_names, of_factors=True
     )
-    rank: int | None = field(default=None, metadata={"help": "Singular directions per layer; None for all."})
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Rank of single layers, by name or regex."}
+    rank: int | None = option(
+        None,
+        INTEGER,
+        "Singular directions per layer; None for all.",
+        "an integer of at least 1, or None for full rank",
+        lambda value: value is None or is_integer(value, 1),
+        of_factors=True,
+        counted=True,
     )
-    pattern: str = field(default="banded", metadata={"help": f"One of {', '.join(PATTERNS)}."})
-    off_diagonals: int = field(default=8, metadata={"help": "Off-diagonals on each side of the band."})
-    sides: str = field(default="one", metadata={"help": "'one' (one factor held) or 'both' (the paper's)."})
-    tail_damping: float = field(
-        default=0.1, metadata={"help": "Bound on 1/s of the one-sided form, in units of rms(s)."}
+    rank_pattern: dict[str, int] = option(
+        {},
+        TABLE,
+        "Rank of single layers, by name or regex.",
+        "a dict of names to integers of at least 1",
+        lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(name, str) and is_integer(rank, 1) for name, rank in value.items())
+        ),
+        of_factors=True,
+        counted=True,
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the random pattern and of the Hadamard basis."})
-    factor_bits: int = field(default=16, metadata={"help": "How U and V are held: 16, 8 or 4 bits."})
-    share_inputs: bool | list[list[str]] | None = field(
-        default=None,
-        metadata={"help": "One V for layers that read the same input: True, False or lists of names."},
+    pattern: str = option(
+        "banded", WORD, "Which entries of M train: a diagonal, a band, or as many elsewhere.", *one_of(PATTERNS),
+        counted=True,
+    )  # fmt: skip
+    off_diagonals: int = option(
+        8,
+        INTEGER,
+        "Off-diagonals on each side of the band; random and top_k take as many entries.",
+        "an integer of at least 0",
+        lambda value: is_integer(value, 0),
+        counted=True,
     )
-    basis: str = field(default="singular", metadata={"help": f"One of {', '.join(BASES)}."})
-    decomposition: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(DECOMPOSITIONS)}; None for auto."}
+    sides: str = option(
+        "one", WORD, "Hold one factor, or both (the paper's form).", *one_of(SIDES), of_factors=True, counted=True
     )
-    residual: bool = field(
-        default=False, metadata={"help": "Quantise W - U S V^T and add U S V^T back; needs sides='both'."}
+    tail_damping: float = option(
+        0.1,
+        NUMBER,
+        "Bound on 1/s of the one-sided form, in units of rms(s).",
+        "a number in [0, 1)",
+        lambda value: not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < 1,
+        counted=True,
     )
-    include_factors: bool = field(default=False, metadata={"help": "Save the factors with the adapter."})
+    seed: int = option(
+        0, INTEGER, "Seed of the random pattern and of the Hadamard basis.", "an integer", is_integer,
+        of_factors=True, counted=True,
+    )  # fmt: skip
+    factor_bits: int = option(
+        16,
+        INTEGER,
+        "How U and V are held: 16, 8 or 4 bits.",
+        "16 (bf16), 8 (int8) or 4 (NF4)",
+        lambda value: is_integer(value) and value in STORED_BITS,
+        of_factors=True,
+        counted=True,
+    )
+    share_inputs: bool | list[list[str]] | None = option(
+        None,
+        SWITCH,
+        "One V for layers that read the same input (q, k, v; gate, up): True, False or lists of names.",
+        "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]",
+        lambda value: value is None or isinstance(value, bool) or _is_groups(value),
+        of_factors=True,
+        counted=True,
+    )
+    basis: str = option(
+        "singular",
+        WORD,
+        "Singular vectors, or a seeded Hadamard transform (nothing stored).",
+        *one_of(BASES),
+        of_factors=True,
+        counted=True,
+    )
+    decomposition: str | None = option(
+        None,
+        WORD,
+        f"How U and V are computed: {', '.join(DECOMPOSITIONS)}; None for auto.",
+        one_of(DECOMPOSITIONS)[0],
+        lambda value: value is None or value in DECOMPOSITIONS,
+        of_factors=True,
+        counted=True,
+    )
+    residual: bool = option(
+        False, SWITCH, "Quantise W - U S V^T and add U S V^T back; needs sides='both'.", "True or False", _is_bool,
+        of_factors=True, counted=True,
+    )  # fmt: skip
+    include_factors: bool = option(False, SWITCH, "Save the factors with the adapter.", "True or False", _is_bool)
     base: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the base was held; filled in by the library."}
     )
@@ -126,7 +208,7 @@ class QSVFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = QSVFT
-        self._read_from: tuple[str, str | None, dict[str, Any]] | None = None  # no field: not part of the config
+        self.where_read: tuple[str, str | None, dict[str, Any]] | None = None  # no field: not part of the config
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -134,56 +216,18 @@ class QSVFTConfig(PeftConfig):
         self._validate()
 
     def _validate(self) -> None:
-        if not self.target_modules:
-            _refuse("target_modules", self.target_modules, "names, a regular expression or 'all-linear'")
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str) and not all(isinstance(v, str) for v in value):
-                _refuse(name, value, "strings")
-        if self.rank is not None and (not _is_int(self.rank) or self.rank < 1):
-            _refuse("rank", self.rank, "an integer of at least 1, or None for full rank")
-        if not isinstance(self.rank_pattern, dict) or not all(
-            isinstance(k, str) and _is_int(v) and v >= 1 for k, v in self.rank_pattern.items()
-        ):
-            _refuse("rank_pattern", self.rank_pattern, "a dict of names to integers of at least 1")
-        if self.pattern not in PATTERNS:
-            _refuse("pattern", self.pattern, f"one of {', '.join(map(repr, PATTERNS))}")
-        if not _is_int(self.off_diagonals) or self.off_diagonals < 0:
-            _refuse("off_diagonals", self.off_diagonals, "an integer of at least 0")
-        if self.sides not in SIDES:
-            _refuse("sides", self.sides, f"one of {', '.join(map(repr, SIDES))}")
-        damping = self.tail_damping
-        if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < 1:
-            _refuse("tail_damping", damping, "a number in [0, 1)")
-        if not _is_int(self.seed):
-            _refuse("seed", self.seed, "an integer")
-        if not _is_int(self.factor_bits) or self.factor_bits not in STORED_BITS:
-            _refuse("factor_bits", self.factor_bits, "16 (bf16), 8 (int8) or 4 (NF4)")
-        if self.basis not in BASES:
-            _refuse("basis", self.basis, f"one of {', '.join(map(repr, BASES))}")
+        """Every option by its declaration, those with a default that depends on others, and what goes together."""
+        for name, one in OPTIONS.items():
+            if one.kind is NAMES and not _is_names(getattr(self, name)):
+                _refuse(name, getattr(self, name), "strings")
+            one.refuse(getattr(self, name), "QSVFTConfig.")
         if self.decomposition is None:
             self.decomposition = "auto" if self.base is None else "exact"
-        if self.decomposition not in DECOMPOSITIONS:
-            _refuse("decomposition", self.decomposition, f"one of {', '.join(map(repr, DECOMPOSITIONS))}")
-        self._validate_sharing()
-        for name in ("residual", "include_factors"):
-            if not isinstance(getattr(self, name), bool):
-                _refuse(name, getattr(self, name), "True or False")
-        self._validate_together()
-
-    def _validate_sharing(self) -> None:
-        share: Any = self.share_inputs
-        if share is None:
+        if self.share_inputs is None:
             self.share_inputs = self.sides == "one"
-        if share is None or isinstance(share, bool):
-            return
-        listed = isinstance(share, (list, tuple)) and all(
-            isinstance(names, (list, tuple)) and len(names) > 1 and all(isinstance(name, str) for name in names)
-            for names in share
-        )
-        if not listed:
-            _refuse("share_inputs", share, "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]")
-        self.share_inputs = [list(names) for names in share]
+        elif not isinstance(self.share_inputs, bool):
+            self.share_inputs = [list(names) for names in self.share_inputs]
+        self._validate_together()
 
     def _validate_together(self) -> None:
         """What only goes with one form."""
@@ -197,22 +241,13 @@ class QSVFTConfig(PeftConfig):
             _refuse("residual", True, "sides='both' with residual=True (it adds U S V^T back); sides is 'one'")
 
     def read_from(self, name: str, subfolder: str | None, options: Mapping[str, Any]) -> None:
-        """Remember where the adapter is that this config is of; see :func:`~qsvft.tuner.files.weights_file`."""
-        self._read_from = (name, subfolder, dict(options))
+        """Remember where the adapter is that this config is of; see :mod:`qsvft.tuner.sources`."""
+        self.where_read = (name, subfolder, dict(options))
 
-    def own_factors(self) -> FactorFiles | None:
-        """The factors in the adapter's file, None if it is no self-contained one.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        if not self.include_factors or self._read_from is None or self.basis == "hadamard":
-            return None
-        path = weights_file(*self._read_from)
-        if path is None:
-            return None
-        self._read_from = (os.path.dirname(path), None, {})  # without what only the download needed, such as a token
-        return FactorFiles.from_file(path) or None
+    def held_base(self) -> dict[str, Any]:
+        """How the base of the adapter was held (``bits``, ``dtype``, ...), of its first layers; empty if not known."""
+        held: list[dict[str, Any]] = (self.base or {}).get("weights") or [{}]
+        return held[0]
 
     def factor_options(self) -> dict[str, Any]:
         """The fields that weights and factors of a prepared directory depend on, as JSON has them."""
@@ -224,17 +259,13 @@ class QSVFTConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` atomically: a crash leaves the old file whole."""
-        final = os.path.join(save_directory, CONFIG_NAME)
-        staging = os.path.join(save_directory, f".{CONFIG_NAME}.{os.getpid()}")
         os.makedirs(save_directory, exist_ok=True)
-        try:
+        with (
+            whole_file(Path(save_directory) / CONFIG_NAME) as temporary,
+            TemporaryDirectory(dir=save_directory, prefix=f".{CONFIG_NAME}.") as staging,
+        ):
             super().save_pretrained(staging, **kwargs)
-            os.replace(os.path.join(staging, CONFIG_NAME), final)
-        finally:
-            if os.path.isdir(staging):
-                for name in os.listdir(staging):
-                    os.unlink(os.path.join(staging, name))
-                os.rmdir(staging)
+            os.replace(Path(staging) / CONFIG_NAME, temporary)
 
     @classmethod
     def from_pretrained(
@@ -242,7 +273,9 @@ class QSVFTConfig(PeftConfig):
     ) -> QSVFTConfig:
         """Read a config; refuse a local adapter whose weight file is damaged before anything is built."""
         folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
-        check_adapter_directory(folder)
+        weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(weights):
+            TensorFiles.from_file(weights, "save the adapter again")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except json.JSONDecodeError as error:
@@ -252,3 +285,10 @@ class QSVFTConfig(PeftConfig):
             ) from error
         assert isinstance(config, cls)
         return config
+
+
+OPTIONS = declared(QSVFTConfig)
+"""The options of a config."""
+
+FACTOR_FIELDS = tuple(name for name, one in OPTIONS.items() if one.of_factors)
+"""The fields of a config on which weights and factors depend; the others are M's alone."""

@@ -29,9 +29,8 @@ from ..maths.autocast import in_compute_dtype
 from ..maths.updates import bounded_inverse, coefficients_of, input_side_update, output_side_update, two_sided_update
 from ..storage.factor_files import FactorSource
 from ..storage.factors import measured_scale
-from ..storage.finite import all_finite
 from ..storage.residual import ResidualLinear
-from ..storage.weights import check_weight, dense_layer, product_without_bias, weight_digest
+from ..storage.weights import all_finite, check_weight, dense_layer, product_without_bias, weight_digest
 from .adapted import AdaptedLinear
 from .attach import choose_pattern, residual_base
 from .bases import hold_bases

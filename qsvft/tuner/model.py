@@ -24,7 +24,7 @@ from .config import QSVFTConfig
 from .groups import InputGroup
 from .layer import QSVFTLinear
 from .progress import progress_shown
-from .sources import NOWHERE, Sources
+from .sources import NOWHERE, Sources, sources_of
 from .targets import all_linear, check_targets, groups_of
 
 
@@ -69,7 +69,7 @@ class QSVFTModel(BaseTuner):
         if peft_config.target_modules == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
         self._groups = groups_of(model, peft_config, names)
-        self._sources = Sources(peft_config.own_factors(), getattr(model, "qsvft_factors", None))
+        self._sources = sources_of(peft_config, model)
         if self._progress is not None:
             self._progress.total = len(names)
 

@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..storage.digests import tensor_bytes
+
 TOLERANCE = 1e-2
 SIZE = 8
 OTHER_FACTORS = (
@@ -79,5 +81,5 @@ def content_digest(*parts: Tensor | str) -> Tensor:
         if isinstance(part, str):
             sha.update(part.encode())
         else:
-            sha.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            sha.update(tensor_bytes(part))
     return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)

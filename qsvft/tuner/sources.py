@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor, nn
 
 from ..storage.factor_files import FactorFiles, FactorSource
 from ..storage.factors import StoredBasis
+from .config import QSVFTConfig
 from .probe import SIZE, TOLERANCE, relative_difference, weight_sketch
 
 
@@ -88,3 +95,43 @@ class Sources:
 
 
 NOWHERE = Sources()
+
+
+def sources_of(config: QSVFTConfig, model: nn.Module) -> Sources:
+    """The sources for an adapter on a model: the file that its config was read beside, and what the model has.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return Sources(_own_factors(config), getattr(model, "qsvft_factors", None))
+
+
+def _own_factors(config: QSVFTConfig) -> FactorFiles | None:
+    """The factors in the adapter's file, None if it is no self-contained one."""
+    if not config.include_factors or config.where_read is None or config.basis == "hadamard":
+        return None
+    path = weights_file(*config.where_read)
+    if path is None:
+        return None
+    config.where_read = (os.path.dirname(path), None, {})  # without what only the download needed, such as a token
+    return FactorFiles.from_file(path) or None
+
+
+def weights_file(name: str, subfolder: str | None, options: Mapping[str, Any]) -> str | None:
+    """The local path of an adapter's safetensors file, downloaded if need be; None if it has none.
+
+    Args:
+        name: the adapter's directory, or its id on the hub.
+        subfolder: where in it.
+        options: keyword arguments, of which those of ``hf_hub_download`` count.
+    """
+    folder = os.path.join(name, subfolder or "")
+    if os.path.isdir(folder):
+        path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        return path if os.path.isfile(path) else None
+    known = inspect.signature(hf_hub_download).parameters
+    chosen = {key: value for key, value in options.items() if key in known}
+    try:
+        return str(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **chosen))
+    except EntryNotFoundError:
+        return None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stored_models import factors_in
 from torch import Tensor
 
 from qsvft.maths.updates import bounded_inverse
@@ -44,7 +45,7 @@ def written(folder: Path, bits: int, prefix: str = "", **changes: Tensor | None)
         if tensor is not None:
             named[name] = tensor
     save_file({prefix + name: tensor for name, tensor in named.items()}, folder / "model.safetensors")
-    return FactorFiles.from_folder(folder)
+    return factors_in(folder)
 
 
 def read(files: FactorFiles, rank: int = ROWS, size: int = COLUMNS) -> StoredBasis | None:
@@ -123,7 +124,7 @@ def test_lengths_and_the_scale_of_them_are_as_measured(tmp_path, rank):
 def test_an_adapters_own_scale_is_taken_before_lengths(tmp_path):
     own = adapter_tensors(OWNER, KEY, torch.arange(8.0), torch.full((ROWS,), 3.0))
     save_file(tensors(8) | own, tmp_path / "model.safetensors")
-    files = FactorFiles.from_folder(tmp_path)
+    files = factors_in(tmp_path)
     assert torch.equal(files.scale(OWNER, KEY, ROWS, 0.1, CPU), torch.full((ROWS,), 3.0))
     assert torch.equal(files.sketch(OWNER, KEY, 8), torch.arange(8.0))
     with pytest.raises(ValueError, match=r"V_x\.scale is torch.float32 of shape \(40,\), expected .* \(39,\)"):
@@ -132,7 +133,7 @@ def test_an_adapters_own_scale_is_taken_before_lengths(tmp_path):
 
 def test_a_residual_bases_own_lengths_are_found_with_its_rank(tmp_path):
     save_file(residual_tensors(OWNER, KEY, -torch.arange(5.0)), tmp_path / "model.safetensors")
-    files = FactorFiles.from_folder(tmp_path)
+    files = factors_in(tmp_path)
     assert list(files.residuals()) == [(OWNER, KEY, 5)] and files.keys() == []
     assert torch.equal(files.residual_lengths(OWNER, KEY, 5, CPU), -torch.arange(5.0))
     with pytest.raises(ValueError, match=r"residual_s is .* expected torch.float32 of shape \(6,\)"):
@@ -176,7 +177,7 @@ def test_shards_are_found_through_the_index(tmp_path):
     for name, tensor in named.items():
         save_file({name: tensor}, tmp_path / shards[name])
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    assert same_parts(read(FactorFiles.from_folder(tmp_path)), basis(4))
+    assert same_parts(read(factors_in(tmp_path)), basis(4))
 
 
 # --- what does not fit -----------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def test_a_factor_that_is_there_twice_is_refused(tmp_path):
     twice = named | {f"model.{name}": tensor.clone() for name, tensor in named.items()}
     save_file(twice, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"holds the tensor qsvft\S+ twice, as"):
-        FactorFiles.from_folder(tmp_path)
+        factors_in(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
@@ -258,7 +259,7 @@ def test_a_truncated_file_is_refused_by_its_path(tmp_path, size):
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file .* copy it again"):
-        FactorFiles.from_folder(tmp_path)
+        factors_in(tmp_path)
 
 
 def test_a_file_that_was_exchanged_after_it_was_listed_is_refused(tmp_path):
@@ -270,7 +271,7 @@ def test_a_file_that_was_exchanged_after_it_was_listed_is_refused(tmp_path):
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors\.index\.json or model\.safetensors"):
-        FactorFiles.from_folder(tmp_path)
+        factors_in(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -280,12 +281,12 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 def test_a_damaged_index_is_refused_by_its_path(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"index\.json: not an index of safetensors files .* weight_map"):
-        FactorFiles.from_folder(tmp_path)
+        factors_in(tmp_path)
 
 
 def test_other_tensors_of_the_file_are_passed_over(tmp_path):
     written(tmp_path, 16)
     path = tmp_path / "model.safetensors"
     save_file(load_file(path) | {"lm_head.weight": torch.zeros(3)}, path)
-    files = FactorFiles.from_folder(tmp_path)
+    files = factors_in(tmp_path)
     assert {str(name) for name in files} == set(tensors(16)) and len(files) == 3

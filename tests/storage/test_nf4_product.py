@@ -73,7 +73,7 @@ def test_the_blocks_maxima_are_those_that_bitsandbytes_dequantises_with(m, n):
 @pytest.mark.parametrize(("m", "n"), [(4096, 4096), (4096, 11008)])
 def test_the_dense_weight_never_stands_there(m, n):
     """On meta, under the ledger: temporaries stay at two slices and the blocks' maxima."""
-    from qsvft.storage.shapes_only import empty_nf4_linear
+    from qsvft.storage.nf4 import empty_nf4_linear
 
     with torch.device("meta"):
         layer = empty_nf4_linear(nn.Linear(n, m, bias=False, dtype=torch.bfloat16))

@@ -53,8 +53,6 @@ def test_rows_read_alone_are_those_of_the_whole(bits, rows, columns):
     for start in range(rows):
         for stop in range(start, rows + 1):
             assert torch.equal(held.dense(start=start, stop=stop), whole[start:stop])
-    indices = torch.tensor([[rows - 1, 0], [0, rows // 2]])
-    assert torch.equal(held.gather(indices), whole[indices])
 
 
 @BITS

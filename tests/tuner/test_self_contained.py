@@ -15,6 +15,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, ge
 from safetensors.torch import load_file, save_file
 from small_models import coefficients, load, logits, randomize, same_tensors, save_llama, tokens
 from stored_models import forbid_decomposing, gpt2, layers, turn_signs
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
@@ -22,7 +23,7 @@ import qsvft
 from qsvft import QSVFTConfig
 from qsvft.storage.factor_names import parse_name
 from qsvft.storage.factors import StoredBasis
-from qsvft.tuner.files import weights_file
+from qsvft.tuner.sources import sources_of, weights_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIONS = {
@@ -346,7 +347,7 @@ def test_the_file_of_an_adapter_on_the_hub_is_found_or_there_is_none(hub, subfol
 
 def test_a_token_is_forgotten_once_the_file_is_there(saved):
     config = QSVFTConfig.from_pretrained(saved[0], token="secret")
-    assert config.own_factors() is not None
+    assert sources_of(config, nn.Identity()).own is not None
     assert "secret" not in repr(vars(config))
 
 

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_models import coefficients, load, logits, randomize, same_tensors, save_llama
 from stored_models import (
+    factors_in,
     forbid_decomposing,
     gpt2,
     layers,
@@ -22,7 +23,6 @@ from stored_models import (
 
 import qsvft
 from qsvft import QSVFTConfig
-from qsvft.storage.factor_files import FactorFiles
 from qsvft.storage.factors import StoredBasis
 
 WEIGHTS = "adapter_model.safetensors"
@@ -144,7 +144,7 @@ def test_without_stored_lengths_they_are_measured(llama, tmp_path, stored):
     kept = {name: t for name, t in load_file(path).items() if not name.endswith((".s", ".rms"))}
     save_file(kept, path)
     model = base(llama)
-    model.qsvft_factors = FactorFiles.from_folder(folder)
+    model.qsvft_factors = factors_in(folder)
     assert torch.equal(logits(randomize(prepare(model))), logits(randomize(prepare(load(llama)))))
 
 
@@ -165,7 +165,7 @@ def test_the_progress_bar_counts_what_is_decomposed(llama, stored, monkeypatch):
     folder = stored(target_modules=["q_proj", "k_proj", "v_proj"])
     monkeypatch.setattr("qsvft.tuner.model.tqdm", Bar)
     model = base(llama)
-    model.qsvft_factors = FactorFiles.from_folder(folder)
+    model.qsvft_factors = factors_in(folder)
     prepare(model, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     assert [(bar.done, bar.total) for bar in bars] == [(2, 2)]
 
@@ -195,7 +195,7 @@ def test_factors_in_other_bits_than_their_key_says_are_refused(llama, tmp_path):
     factors = named_factors(qsvft.prepare(load(llama), bits=4, off_diagonals=2, factor_bits=8, progress=False))
     renamed = {name.replace("int8", "bf16"): tensor for name, tensor in factors.items()}
     model = base(llama)
-    model.qsvft_factors = FactorFiles.from_folder(write(tmp_path, model, renamed))
+    model.qsvft_factors = factors_in(write(tmp_path, model, renamed))
     with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn: .* is held in 8 bits, expected 16"):
         prepare(model)
 
@@ -245,7 +245,7 @@ def test_what_was_computed_here_stays_beside_what_is_given_later(llama, stored, 
         elsewhere = randomize(prepare(load(llama)), seed=5)
     expected = logits(elsewhere)
     assert not torch.equal(expected, logits(randomize(prepare(load(llama)), seed=5)))
-    model.get_base_model().qsvft_factors = FactorFiles.from_folder(folder)
+    model.get_base_model().qsvft_factors = factors_in(folder)
     forbid_decomposing(monkeypatch)
     model.add_adapter("later", QSVFTConfig(off_diagonals=2, task_type="CAUSAL_LM"))
     assert torch.equal(logits(model), before)

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ...storage.whole_files import check_folder_writable
-from .directory import is_finished
+from ..prepared.record import is_finished
 from .job import Job
 from .streaming import run_job
 

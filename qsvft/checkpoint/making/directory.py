@@ -27,12 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...storage.tensor_files import INDEX_NAME
 from ...storage.whole_files import check_folder_writable, whole_file
+from ..prepared.record import is_finished
 
 MANIFEST = ".qsvft-preparing.json"
 LOCK = ".qsvft-preparing.lock"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 WRITING = ".qsvft-writing"
 _OURS = ".qsvft-"
 _SPARE_BYTES = 64 * 2**20
@@ -215,25 +215,9 @@ class Target:
         weight_map = {name: records[unit].file for unit in self.units for name in records[unit].tensors}
         size = sum(record.nbytes for record in records.values())
         _write_json(
-            self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            self.folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         )
         (self.folder / MANIFEST).unlink(missing_ok=True)
-
-
-def is_finished(folder: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds a whole prepared model."""
-    folder = Path(folder)
-    return prepared_record(folder) is not None and any((folder / name).is_file() for name in (INDEX, SINGLE))
-
-
-def prepared_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """``quantization_config`` of a prepared directory; None for any other."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    record = config.get("quantization_config") if isinstance(config, dict) else None
-    return record if isinstance(record, dict) and record.get("quant_method") == "qsvft" else None
 
 
 def names_digest(names: Sequence[str] | dict[str, Any]) -> str:

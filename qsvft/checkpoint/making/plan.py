@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from ...maths.decomposition import Sides
 from ...storage.factors import needed_sides
+from ...storage.nf4 import BLOCK, NESTED_BLOCK
 from ...storage.quantization import partition_linears
-from ...storage.shapes_only import BLOCK, NESTED_BLOCK, shapes_only
+from ...storage.shapes_only import shapes_only
 from ...storage.stored_matrix import StoredMatrix
 from ...tuner.config import QSVFTConfig
 from ...tuner.form import Form, form_of

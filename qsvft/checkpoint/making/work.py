@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ...storage.digests import tensor_bytes
 from ...storage.factor_files import factor_tensors, length_tensors, residual_tensors
 from ...storage.factors import make_bases, make_shared_basis, measured_scale
 from ...storage.quantization import quantized_linear
@@ -74,7 +75,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(name.encode())
-        sha.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        sha.update(tensor_bytes(tensor))
     return sha.hexdigest()
 
 

@@ -35,8 +35,8 @@ from ...tuner.config import QSVFTConfig
 from ...tuner.form import form_of
 from ...version import __version__
 from .model_state import state_of
+from .record import METHOD
 
-METHOD = "qsvft"
 FORMAT_VERSION = 1
 _IGNORED = r"(^|\.)qsvft\."
 _STATES = {4: "weight.quant_state.bitsandbytes__nf4", 8: "SCB"}

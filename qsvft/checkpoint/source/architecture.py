@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, modeling_utils
 
 from .checkpoint import Checkpoint
 from .index import CONFIG
@@ -49,6 +49,12 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             "custom code by yourself and use qsvft.prepare()."
         )
     return found
+
+
+def base_class(config: PretrainedConfig | None) -> Any:
+    """The class that a checkpoint's config names, a causal language model where it names none."""
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:

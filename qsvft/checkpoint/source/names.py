@@ -53,7 +53,6 @@ def pieces_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
     return Names(
         pieces=tuple(pieces),
         unknown=tuple(_unknown(model, {key: name for key, (name, _) in renamed.items() if name not in state})),
-        tied={name: holder for name, holder in held.items() if name != holder},
     )
 
 

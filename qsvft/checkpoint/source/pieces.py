@@ -54,12 +54,10 @@ class Names:
     Attributes:
         pieces: together they give every tensor of the state dict once, tied ones under their first name.
         unknown: keys that the model has no use for, without those that it is known to ignore.
-        tied: names of the state dict that are another's tensor, and whose.
     """
 
     pieces: tuple[Piece, ...]
     unknown: tuple[str, ...]
-    tied: dict[str, str]
 
 
 def read_piece(checkpoint: Checkpoint, piece: Piece, model: PreTrainedModel) -> dict[str, Tensor]:

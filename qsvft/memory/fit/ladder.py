@@ -15,36 +15,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...lean.offload import offload_checkpoints, stop_offloading
-from ...lean.vocabulary import BITS, quantize_embeddings
+from ...lean.switches import SWITCHES
+from ...lean.vocabulary import quantize_embeddings
 from ...storage.shapes_only import shapes_only
-from ...tuner.config import QSVFTConfig
+from ...tuner.config import OPTIONS, QSVFTConfig
 from ...tuner.targets import check_targets, groups_of, shape_of
-from ..methods import Method
+from ..methods import COUNTED, WRITTEN, Method
 
 RANKS = (2048, 1024, 512, 256, 128, 64)
-
-DEFAULTS: dict[str, Any] = {
-    "rank": None,
-    "factor_bits": 16,
-    "gradient_checkpointing": True,
-    "quantize_embeddings": 16,
-    "offload": False,
-    "chunked_loss": True,
-}
-"""What ``prepare`` does where it is told nothing."""
-
-_SWITCHES = ("gradient_checkpointing", "offload", "chunked_loss")
-# What a method's text for the profiler can say; only counted are target_modules and the like.
-_WRITTEN = (
-    *("rank", "factor_bits", "share_inputs", "quantize_embeddings", "offload", "pattern", "off_diagonals", "sides"),
-    *("tail_damping", "seed", "basis", "decomposition", "residual", "chunked_loss"),
-)
-_ADAPTER = (
-    *(name for name in _WRITTEN if name in QSVFTConfig.__dataclass_fields__),
-    *("target_modules", "exclude_modules", "rank_pattern"),
-)
-FIXABLE = tuple(dict.fromkeys((*DEFAULTS, *_ADAPTER)))
-"""The options that can be fixed: all that the ledger counts."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +53,13 @@ STEPS = (
 )
 
 
-class CountedMethod(Method):
-    """qsvft as the ledger builds it, also with the options that a method's text cannot say."""
+DEFAULTS = {
+    name: one.default for name, one in COUNTED.items() if name in SWITCHES or any(step.option == name for step in STEPS)
+}
+"""What ``prepare`` does where it is told nothing, of all that the ladder changes or a step depends on."""
 
-    @property
-    def adapter(self) -> dict[str, Any]:
-        """The options that belong to qsvft's config."""
-        return {key: value for key, value in self.options.items() if key in _ADAPTER}
+FIXABLE = tuple(dict.fromkeys((*DEFAULTS, *COUNTED)))
+"""The options that can be fixed: all that the ledger counts."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +90,15 @@ class Rung:
     @property
     def method(self) -> Method:
         """The same as a method of the profiler; checkpointing is not in it."""
-        options = {"offload_checkpoints" if key == "offload" else key: value for key, value in self.settings.items()}
-        return CountedMethod(self._text(), "qsvft", options)
+        return Method(self._text(), "qsvft", dict(self.settings))
 
     def _text(self) -> str:
         parts = []
-        for key in _WRITTEN:
+        for key in WRITTEN:
             value = self.settings.get(key)
             if value is None or isinstance(value, list) or DEFAULTS.get(key) == value:
                 continue
-            name = "offload_checkpoints" if key == "offload" else key
-            parts.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
+            parts.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
         return ":".join(filter(None, ("qsvft", ",".join(parts))))
 
     def __str__(self) -> str:
@@ -207,16 +183,12 @@ def _check(model: PreTrainedModel, option: str, settings: Mapping[str, Any]) -> 
 
 
 def _config(settings: Mapping[str, Any]) -> QSVFTConfig:
-    return QSVFTConfig(task_type="CAUSAL_LM", **{key: settings[key] for key in _ADAPTER if key in settings})
+    return QSVFTConfig(task_type="CAUSAL_LM", **{key: settings[key] for key in OPTIONS if key in settings})
 
 
 def _check_fixed(fixed: Mapping[str, Any]) -> None:
     unknown = next((name for name in fixed if name not in FIXABLE), None)
     if unknown is not None:
         raise ValueError(f"option {unknown!r} is unknown, or not counted; expected one of {', '.join(FIXABLE)}")
-    for name in _SWITCHES:
-        if not isinstance(fixed.get(name, True), bool):
-            raise ValueError(f"{name}: expected True or False, got {fixed[name]!r}")
-    bits = fixed.get("quantize_embeddings", 16)
-    if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"quantize_embeddings: expected 16, 8 or 4, got {bits!r}")
+    for name in SWITCHES.keys() & fixed.keys():
+        SWITCHES[name].refuse(fixed[name])

@@ -20,8 +20,8 @@ _SETTINGS = ("card_gib", "seq_len", "batch_size", "optimizer")
 
 
 def fitting_options(
-    model: nn.Module, fit: object, bits: int, options: Mapping[str, Any], switches: Mapping[str, Any], progress: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    model: nn.Module, fit: object, bits: int, options: Mapping[str, Any], progress: bool
+) -> dict[str, Any]:
     """The options of ``prepare`` with which a training step of a model fits a card; nothing is changed yet.
 
     Args:
@@ -29,13 +29,11 @@ def fitting_options(
         fit: "8GiB", "8GB" (10**9 bytes each), a number of GiB, a dict with card_gib and, if they are not to
             be 2048, 1 and "adamw", seq_len, batch_size and optimizer, or a :class:`Recommendation`.
         bits: how the base is to be held; 4 is what is counted.
-        options: the fields of :class:`QSVFTConfig` that were given, which stay as they are.
-        switches: what ``prepare`` was given beside them (gradient_checkpointing, offload, chunked_loss,
-            quantize_embeddings), which stays; None where nothing was.
+        options: the switches and the fields of :class:`QSVFTConfig` that were given, which stay as they are.
         progress: show a progress bar.
 
     Returns:
-        Options and switches.
+        Those that were given, and those that were chosen.
 
     Raises:
         ValueError: nothing fits, with the text of the recommendation; another base than one of 4 bits;
@@ -48,15 +46,13 @@ def fitting_options(
         raise ValueError(
             f"fit: {type(model).__name__} is in float32, the step is counted in bf16; load it with dtype='bfloat16'"
         )
-    given = {**options, **{name: value for name, value in switches.items() if value is not None}}
+    given = dict(options)
     if given.get("chunked_loss", False):
         del given["chunked_loss"]  # the default, from which some models are exempt
     found = _checked(fit, given) if isinstance(fit, Recommendation) else _found(model, fit, given, progress)
     if not found.fits:
         raise ValueError(str(found))
-    chosen = dict(found.options)
-    changed = {name: chosen.pop(name, value) for name, value in switches.items()}
-    return chosen, changed
+    return {**options, **found.options}
 
 
 def _found(model: nn.Module, fit: object, given: Mapping[str, Any], progress: bool) -> Recommendation:

@@ -34,6 +34,7 @@ from transformers import (
 from qsvft.checkpoint.source import renames
 from qsvft.checkpoint.source.checkpoint import open_checkpoint
 from qsvft.checkpoint.source.names import empty_model, pieces_of, read_piece
+from qsvft.checkpoint.source.tied import holders
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 SIZES = {
@@ -71,11 +72,16 @@ def gathered(folder, dtype=None):
         read = read_piece(checkpoint, piece, model)
         assert tuple(read) == piece.targets and not tensors.keys() & read.keys()
         tensors |= read
-    return tensors | {name: tensors[holder] for name, holder in names.tied.items()}, names, model
+    return tensors | {name: tensors[holder] for name, holder in tied(model).items()}, names, model
+
+
+def tied(model):
+    """Names of the state dict that are another's tensor, and whose."""
+    return {name: holder for name, holder in holders(model).items() if name != holder}
 
 
 def check_as_loaded(folder, auto, dtype=None):
-    """Same names, dtypes and bits as ``from_pretrained``; the empty model says so beforehand. Returns the names."""
+    """Same names, dtypes and bits as ``from_pretrained``; the empty model says so beforehand. Gives names and ties."""
     found, names, model = gathered(folder, dtype)
     expected = auto.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
     assert type(model) is type(expected)
@@ -83,7 +89,7 @@ def check_as_loaded(folder, auto, dtype=None):
     promised = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
     assert promised == {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
     assert all(tensor.is_contiguous() for tensor in found.values())
-    return names
+    return names, tied(model)
 
 
 def saved(folder, model, **options):
@@ -113,8 +119,8 @@ def change_tensors(folder, change):
 @pytest.mark.parametrize("tied", [True, False])
 def test_llama(tmp_path, tied, dtype):
     folder = save_llama(tmp_path, tie_word_embeddings=tied)
-    names = check_as_loaded(folder, AutoModelForCausalLM, dtype)
-    assert names.tied == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
+    names, same = check_as_loaded(folder, AutoModelForCausalLM, dtype)
+    assert same == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
     assert names.unknown == ()
 
 
@@ -129,8 +135,8 @@ def test_gpt2_with_and_without_the_prefix_of_its_base(tmp_path, whole):
     saved(tmp_path, (GPT2LMHeadModel if whole else GPT2Model)(GPT2Config(**GPT2)))
     change_config(tmp_path, architectures=["GPT2LMHeadModel"])
     assert ("wte.weight" in open_checkpoint(tmp_path).entries) is not whole
-    names = check_as_loaded(tmp_path, AutoModelForCausalLM)
-    assert names.tied == {"lm_head.weight": "transformer.wte.weight"}
+    names, same = check_as_loaded(tmp_path, AutoModelForCausalLM)
+    assert same == {"lm_head.weight": "transformer.wte.weight"}
     piece = next(piece for piece in names.pieces if piece.targets == ("transformer.h.0.attn.c_attn.weight",))
     assert open_checkpoint(tmp_path).read(piece.sources[0]).shape == (64, 192)
 
@@ -138,7 +144,7 @@ def test_gpt2_with_and_without_the_prefix_of_its_base(tmp_path, whole):
 def test_a_base_model_takes_its_part_of_a_whole_one(tmp_path):
     saved(tmp_path, BertForSequenceClassification(BertConfig(**BERT)))
     change_config(tmp_path, architectures=["BertModel"])
-    names = check_as_loaded(tmp_path, transformers.AutoModel)
+    names, _ = check_as_loaded(tmp_path, transformers.AutoModel)
     assert set(names.unknown) == {"classifier.weight", "classifier.bias"}
 
 
@@ -171,7 +177,7 @@ def test_phi3_whose_projections_are_fused_in_the_module(tmp_path):
 def test_mixtral_whose_experts_are_put_together(tmp_path, dtype, size):
     saved(tmp_path, MixtralForCausalLM(MixtralConfig(**SIZES, **EXPERTS)), max_shard_size=size)
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in open_checkpoint(tmp_path).entries
-    names = check_as_loaded(tmp_path, AutoModelForCausalLM, dtype)
+    names, _ = check_as_loaded(tmp_path, AutoModelForCausalLM, dtype)
     fused = [piece for piece in names.pieces if piece.conversion is not None]
     assert sorted(len(piece.sources) for piece in fused) == ([3, 3, 6, 6] if FIVE else [])
 
@@ -179,7 +185,7 @@ def test_mixtral_whose_experts_are_put_together(tmp_path, dtype, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_t5_keeps_in_fp32_what_transformers_keeps(tmp_path, dtype):
     saved(tmp_path, T5ForConditionalGeneration(T5Config(**T5)))
-    names = check_as_loaded(tmp_path, AutoModelForSeq2SeqLM, dtype)
+    names, _ = check_as_loaded(tmp_path, AutoModelForSeq2SeqLM, dtype)
     kept = {name for piece in names.pieces if piece.dtype == "float32" for name in piece.targets}
     assert all(".wo." in name for name in kept) == (dtype != torch.float32)
     assert bool(kept) == (dtype != torch.bfloat16)
@@ -235,13 +241,14 @@ def test_tied_weights_are_read_once_whatever_key_gives_them(tmp_path, change):
     folder = save_llama(tmp_path, tie_word_embeddings=True)
     change_tensors(folder, change)
     if FIVE or change is not only_head:
-        names = check_as_loaded(folder, AutoModelForCausalLM)
+        names, same = check_as_loaded(folder, AutoModelForCausalLM)
     else:  # transformers 4 loads no values at all for these
-        tensors, names, _ = gathered(folder)
+        tensors, names, model = gathered(folder)
+        same = tied(model)
         stored = load_file(folder / "model.safetensors")["lm_head.weight"]
         assert torch.equal(tensors["model.embed_tokens.weight"], stored)
     apart = FIVE and change is twice_with_other_values
-    assert bool(names.tied) is not apart
+    assert bool(same) is not apart
     read = [
         key for piece in names.pieces for key in piece.sources if key in ("lm_head.weight", "model.embed_tokens.weight")
     ]
@@ -256,8 +263,8 @@ def test_weights_that_are_equal_once_cast_are_tied(tmp_path):
         tensors["lm_head.weight"], tensors["model.embed_tokens.weight"] = head, head * (1 + 2**-12)
 
     change_tensors(folder, change)
-    assert check_as_loaded(folder, AutoModelForCausalLM, torch.bfloat16).tied
-    assert bool(check_as_loaded(folder, AutoModelForCausalLM, torch.float32).tied) is not FIVE
+    assert check_as_loaded(folder, AutoModelForCausalLM, torch.bfloat16)[1]
+    assert bool(check_as_loaded(folder, AutoModelForCausalLM, torch.float32)[1]) is not FIVE
 
 
 # --- pieces ---------------------------------------------------------------------------------------
@@ -369,4 +376,4 @@ def test_keys_that_the_model_does_not_know_are_reported(tmp_path):
     folder = save_llama(tmp_path)
     extra = {"model.extra.weight": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     change_tensors(folder, lambda tensors: tensors.update(extra))
-    assert check_as_loaded(folder, AutoModelForCausalLM).unknown == ("model.extra.weight",)
+    assert check_as_loaded(folder, AutoModelForCausalLM)[0].unknown == ("model.extra.weight",)

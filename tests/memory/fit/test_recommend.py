@@ -227,7 +227,7 @@ def test_the_method_says_to_the_profiler_what_was_counted(peaks):
         "rank": 128,
         "factor_bits": 4,
         "quantize_embeddings": 4,
-        "offload_checkpoints": True,
+        "offload": True,
     }
 
 
@@ -272,7 +272,7 @@ def line(monkeypatch, base, tokens_a_gib):
     """Let a step take ``base`` GiB, some bytes more the better the settings, and a GiB for so many tokens."""
 
     def peak(options, batch_size, seq_len):
-        better = options["factor_bits"] // 4 + (options["rank"] or 10**5) // 1000 + 1 - options["offload_checkpoints"]
+        better = options["factor_bits"] // 4 + (options["rank"] or 10**5) // 1000 + 1 - options["offload"]
         return int((base + batch_size * seq_len / tokens_a_gib) * GIB) + better
 
     made_up(monkeypatch, peak)

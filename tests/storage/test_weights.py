@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsvft.storage.finite import all_finite
+from qsvft.storage.weights import all_finite
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 

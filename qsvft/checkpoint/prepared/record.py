@@ -1,0 +1,38 @@
+"""What says that a directory is a prepared one: ``quantization_config`` in its config.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...storage.tensor_files import INDEX_NAME, SINGLE_NAME
+from ...tuner.config import FACTOR_FIELDS
+
+METHOD = "qsvft"
+"""The ``quant_method`` of a prepared model."""
+
+
+def prepared_record(config: object) -> dict[str, Any] | None:
+    """What a prepared model's config, or config.json, says of how it was prepared; None for any other."""
+    fields = config if isinstance(config, Mapping) else {}
+    record = fields.get("quantization_config") or getattr(config, "quantization_config", None)
+    return record if isinstance(record, dict) and record.get("quant_method") == METHOD else None
+
+
+def is_finished(folder: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a whole prepared model."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    whole = any((Path(folder) / name).is_file() for name in (INDEX_NAME, SINGLE_NAME))
+    return whole and prepared_record(config) is not None
+
+
+def recorded_options(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a :class:`~qsvft.QSVFTConfig` that a directory was prepared for."""
+    adapter = record.get("adapter") or {}
+    return {name: value for name, value in adapter.items() if name in FACTOR_FIELDS}
