@@ -152,16 +152,10 @@ def _hold_vocabulary(model: PreTrainedModel, bits: int, config: QSVFTConfig | No
         quantize_embeddings(model, bits, skip_modules=whole)
 
 
-# --- an ordinary checkpoint -----------------------------------------------------------------------
-
-
 def _of_adapter(adapter: str | os.PathLike[str]) -> tuple[QSVFTConfig, int]:
     """The config of an adapter, and the bits of the base that it was made on: how its base is to be prepared."""
     config = QSVFTConfig.from_pretrained(str(adapter))
     return config, config.held_base().get("bits", 4)
-
-
-# --- a prepared directory -------------------------------------------------------------------------
 
 
 def _read_config(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> PretrainedConfig | None:

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from .storage.factor_files import FactorFiles
 from .storage.tensor_files import TensorFiles
 from .storage.weights import check_weight, dense_weight
-from .tuner.form import is_shared
 
 TOLERANCE = 1e-2
 """How much a weight may differ from the one that the factors are of, relative to its Frobenius norm."""
@@ -55,7 +54,7 @@ def use_factors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "leave; expected those of the model. Load the model from it: qsvft.from_pretrained(directory)."
         )
     modules = dict(model.named_modules())
-    layers = dict.fromkeys(name.owner for name in factors if not (name.of_basis and is_shared(name.key)))
+    layers = dict.fromkeys(name.owner for name in factors if not (name.of_basis and name.key.shared))
     if (missing := next((name for name in layers if name not in modules), None)) is not None:
         raise ValueError(
             f"{missing}: {directory} holds factors for this layer, {type(model).__name__} has no such module. Expected "

@@ -242,9 +242,9 @@ MUTANTS = (
     ),
     Mutant(
         "randomized directions of another rank extended",
-        "tuner/form.py",
-        'return f"_randomized_{rank}" if',
-        'return "_randomized" if',
+        "storage/basis_key.py",
+        'how = f"_randomized_{rank}"',
+        'how = "_randomized"',
         ("tuner/test_decompositions.py",),
     ),
     Mutant(

@@ -84,9 +84,6 @@ def _callers(model: nn.Module) -> Iterator[nn.Module]:
             yield parent
 
 
-# --- around a forward -----------------------------------------------------------------------------
-
-
 @dataclass
 class _Offloading:
     """What a module that offloads carries: its threshold, its hooks, and the context of a forward that runs."""

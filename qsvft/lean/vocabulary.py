@@ -153,8 +153,6 @@ def _slices(layout: Layout, parts: Parts, dtype: torch.dtype) -> Iterator[tuple[
         yield rows, dense_rows(layout, tuple(part[rows] for part in parts), dtype)
 
 
-# --- in place -------------------------------------------------------------------------------------
-
 Members = list[tuple[str, nn.Module]]
 
 
@@ -237,9 +235,6 @@ def _release(module: QuantizedModule, weight: nn.Parameter) -> None:
         delattr(module, name)
     module.__class__ = dense_class  # type: ignore[assignment]
     module.weight = weight
-
-
-# --- what can be held -----------------------------------------------------------------------------
 
 
 def _groups(model: nn.Module, bits: int, skip: Sequence[str]) -> list[Members]:

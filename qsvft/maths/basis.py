@@ -105,9 +105,6 @@ class _Whole:
 _WHOLE = _Whole()
 
 
-# --- the maps for a basis that can be made dense --------------------------------------------------
-
-
 def read_coefficients(a: Tensor, read: Reader, parts: Parts) -> Tensor:
     """h = F a for the F that ``read`` makes of ``parts``."""
     result: Tensor = _ToCoefficients.apply(a, read, *parts)

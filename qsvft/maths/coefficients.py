@@ -75,9 +75,6 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- banded: |i - j| <= d -------------------------------------------------------------------------
-
-
 def _holes(row: int, rank: int, off_diagonals: int) -> tuple[int, int]:
     """How many of the 2d+1 places of a row fall outside the matrix, on the left and on the right."""
     return max(0, off_diagonals - row), max(0, row + off_diagonals - (rank - 1))
@@ -279,9 +276,6 @@ def banded_coefficients(
     """
     result: Tensor = _BandedCoefficients.apply(_keep(h), values, scale, scale_side, off_diagonals)
     return result
-
-
-# --- any list of entries (random, top-k) ----------------------------------------------------------
 
 
 def _gathered(h: Tensor, values: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:

@@ -106,9 +106,6 @@ def _expanded(z: Tensor, signs: Tensor, table: Tensor, rows: Tensor | None) -> T
     return walsh_hadamard(z, table) * signs.to(z.dtype)
 
 
-# --- the transform --------------------------------------------------------------------------------
-
-
 def walsh_hadamard(x: Tensor, table: Tensor) -> Tensor:
     """H x for each row of x (tokens, n), block by block. Symmetric and orthonormal.
 

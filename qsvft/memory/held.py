@@ -86,9 +86,6 @@ def held_bytes(model: nn.Module) -> dict[str, int]:
     return totals
 
 
-# --- the walk -------------------------------------------------------------------------------------
-
-
 def _registered(model: nn.Module) -> Iterator[Held]:
     """Parameters with the quantisation state that they carry, and buffers."""
     modules = dict(model.named_modules())
@@ -147,9 +144,6 @@ def _inside(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor
 
 def _defined_in(value: Any, *packages: str) -> bool:
     return type(value).__module__.partition(".")[0] in packages
-
-
-# --- what a tensor is -----------------------------------------------------------------------------
 
 
 def _vocabulary(model: nn.Module) -> set[int]:

@@ -91,8 +91,6 @@ class Ledger(TorchDispatchMode):
         self._modules: list[str] = []
         self._open: list[Allocation] = []
 
-    # --- recording --------------------------------------------------------------------------------
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -139,8 +137,6 @@ class Ledger(TorchDispatchMode):
             del self._live[key]
         self.events.append(Event(allocation, -allocation.nbytes, self.phase, self.module))
         allocation.in_forward = False
-
-    # --- where the code is ------------------------------------------------------------------------
 
     @property
     def module(self) -> str:
@@ -190,8 +186,6 @@ class Ledger(TorchDispatchMode):
                 allocation.category = "saved activations"
         self._open.clear()
 
-    # --- reading ----------------------------------------------------------------------------------
-
     def live_bytes(self) -> int:
         """Bytes alive now."""
         return sum(allocation.nbytes for _, allocation in self._live.values())
@@ -218,9 +212,6 @@ class Ledger(TorchDispatchMode):
                 if total > peaks[name].nbytes:
                     peaks[name] = Peak(total, dict(live), event.phase, event.module)
         return peaks
-
-
-# --- operations whose inner temporaries matter ----------------------------------------------------
 
 
 def _gemm_4bit(

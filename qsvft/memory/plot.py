@@ -186,9 +186,6 @@ def _phase_marks(axes: Axes, places: list[float], phases: list[str]) -> None:
             )
 
 
-# --- what both share ------------------------------------------------------------------------------
-
-
 def _title(report: Figures) -> str:
     checkpointing = "with" if report.gradient_checkpointing else "without"
     return (

@@ -93,9 +93,6 @@ def profile(
     return report
 
 
-# --- one method -----------------------------------------------------------------------------------
-
-
 def _row(config: PretrainedConfig, method: Method, report: MemoryReport) -> Row:
     try:
         scenario = Scenario(config, method, report.gradient_checkpointing, report.optimizer, report.device)
@@ -164,9 +161,6 @@ def _next_guess(fit: int, fail: int, needed: dict[int, int], room: float) -> int
         guess = fit + int((room - needed[fit]) / slope) if slope > 0 else 2 * fit
         guess = min(guess, reach)
     return min(max(guess, fit + 1), fail - 1)
-
-
-# --- what was asked for ---------------------------------------------------------------------------
 
 
 def checked_methods(methods: Sequence[str | Method]) -> list[Method]:

@@ -34,8 +34,6 @@ def nf4_on_meta(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-# --- attention ------------------------------------------------------------------------------------
-
 ATTENTION = "qsvft_ledger"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..maths.updates import bounded_inverse
+from .basis_key import BasisKey
 from .factor_names import LENGTHS, PARTS, RESIDUAL, SCALE, SKETCH, FactorName, parse_name
 from .factor_names import factor_tensors as factor_tensors  # what is read here is written under these names
 from .factor_names import length_tensors as length_tensors
@@ -26,10 +27,10 @@ from .weights import all_finite
 class FactorSource(Protocol):
     """Where factors are looked up before they are computed."""
 
-    def basis(self, owner: str, key: str, rank: int, size: int, device: torch.device) -> StoredBasis | None:
+    def basis(self, owner: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
         """The first ``rank`` directions of R^size, None if it has not that many."""
 
-    def scale(self, layer: str, key: str, rank: int, tail_damping: float, device: torch.device) -> Tensor | None:
+    def scale(self, layer: str, key: BasisKey, rank: int, tail_damping: float, device: torch.device) -> Tensor | None:
         """The scale 1/s of a layer's one-sided form, (rank,) fp32, None if it does not know it."""
 
 
@@ -67,16 +68,16 @@ class FactorFiles:
     def __len__(self) -> int:
         return len(self._stored)
 
-    def keys(self) -> list[tuple[str, str]]:
+    def keys(self) -> list[tuple[str, BasisKey]]:
         """(owner, key) of each basis."""
         return list(dict.fromkeys(name[:2] for name in self._stored if name.of_basis))
 
-    def rank(self, owner: str, key: str) -> int:
+    def rank(self, owner: str, key: BasisKey) -> int:
         """How many directions of a basis are stored, 0 for none."""
         names = [name for part in PARTS[4] + PARTS[16] if (name := FactorName(owner, key, part)) in self._stored]
         return min((self._rows(name) for name in names), default=0)
 
-    def residuals(self) -> Iterator[tuple[str, str, int]]:
+    def residuals(self) -> Iterator[tuple[str, BasisKey, int]]:
         """(layer, key, rank) of each residual base."""
         return ((name.owner, name.key, self._rows(name)) for name in self._stored if name.part == RESIDUAL)
 
@@ -84,7 +85,7 @@ class FactorFiles:
         """Every tensor under its name without what stands before it."""
         return {str(name): self._read(name) for name in self._stored}
 
-    def basis(self, owner: str, key: str, rank: int, size: int, device: torch.device) -> StoredBasis | None:
+    def basis(self, owner: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
         """The first ``rank`` directions that are stored.
 
         Args:
@@ -111,7 +112,7 @@ class FactorFiles:
             parts[name.part] = self._checked(name, dtype, (rows, columns), rank).to(device)
         return StoredBasis(StoredMatrix(bits, size, parts)) if rows >= rank else None
 
-    def lengths(self, layer: str, key: str, rank: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def lengths(self, layer: str, key: BasisKey, rank: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """What :func:`~qsvft.storage.factors.measured_scale` gives, for the first ``rank`` directions.
 
         Returns:
@@ -130,7 +131,7 @@ class FactorFiles:
                 self._refuse(name, "negative in places", "lengths of at least 0")
         return (s[:rank].to(device), rms.to(device)) if rows >= rank else None
 
-    def scale(self, layer: str, key: str, rank: int, tail_damping: float, device: torch.device) -> Tensor | None:
+    def scale(self, layer: str, key: BasisKey, rank: int, tail_damping: float, device: torch.device) -> Tensor | None:
         """The stored scale of an adapter, or :func:`~qsvft.maths.updates.bounded_inverse` of the stored lengths.
 
         Returns:
@@ -145,7 +146,7 @@ class FactorFiles:
         lengths = self.lengths(layer, key, rank, device)
         return None if lengths is None else bounded_inverse(*lengths, tail_damping)
 
-    def residual_lengths(self, layer: str, key: str, rank: int, device: torch.device) -> Tensor:
+    def residual_lengths(self, layer: str, key: BasisKey, rank: int, device: torch.device) -> Tensor:
         """s of a residual base, (rank,) fp32.
 
         Raises:
@@ -153,7 +154,7 @@ class FactorFiles:
         """
         return self._checked(FactorName(layer, key, RESIDUAL), torch.float32, (rank,)).to(device)
 
-    def sketch(self, layer: str, key: str, size: int) -> Tensor:
+    def sketch(self, layer: str, key: BasisKey, size: int) -> Tensor:
         """The fingerprint of a layer's weight that an adapter's file holds, (size,) fp32.
 
         Raises:
@@ -161,9 +162,7 @@ class FactorFiles:
         """
         return self._checked(FactorName(layer, key, SKETCH), torch.float32, (size,))
 
-    # --- reading ----------------------------------------------------------------------------------
-
-    def _bits(self, owner: str, key: str) -> int | None:
+    def _bits(self, owner: str, key: BasisKey) -> int | None:
         """How a basis is held, from what there is of it; None if there is nothing."""
         if FactorName(owner, key, "values") in self._stored:
             return 16

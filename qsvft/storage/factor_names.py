@@ -9,7 +9,7 @@
     qsvft.<layer>.<key>.sketch       (8,) fp32, in an adapter: a fingerprint of the weight that the basis is of
 
 <owner> is the layer's name, or for a basis that several layers share the name of the module they are in, with "/"
-in place of "."; <key> says how the basis came about (:mod:`qsvft.tuner.form`). Anything may stand before "qsvft.".
+in place of "."; <key> says which basis it is (:mod:`qsvft.storage.basis_key`). Anything may stand before "qsvft.".
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .basis_key import BasisKey
 from .factors import StoredBasis
 
 PARTS = {16: ("values",), 8: ("codes", "scales"), 4: ("codes", "maxima", "scales")}
@@ -33,7 +34,7 @@ class FactorName(NamedTuple):
     """What a factor tensor's name says: the owner's module name (with dots), the basis's key, and which part."""
 
     owner: str
-    key: str
+    key: BasisKey
     part: str
 
     def __str__(self) -> str:
@@ -53,10 +54,10 @@ def parse_name(name: str) -> FactorName | None:
     parts = name[start + len(_START) :].split(".")
     if len(parts) != 3 or parts[2] not in (*_OF_BASES, *LENGTHS, RESIDUAL, SCALE, SKETCH):
         return None
-    return FactorName(parts[0].replace("/", "."), parts[1], parts[2])
+    return FactorName(parts[0].replace("/", "."), BasisKey(parts[1]), parts[2])
 
 
-def factor_tensors(owner: str, key: str, basis: StoredBasis, rank: int | None = None) -> dict[str, Tensor]:
+def factor_tensors(owner: str, key: BasisKey, basis: StoredBasis, rank: int | None = None) -> dict[str, Tensor]:
     """The named tensors of a basis, as views.
 
     Args:
@@ -69,17 +70,17 @@ def factor_tensors(owner: str, key: str, basis: StoredBasis, rank: int | None = 
     return {str(FactorName(owner, key, part)): tensor for part, tensor in parts}
 
 
-def adapter_tensors(layer: str, key: str, sketch: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+def adapter_tensors(layer: str, key: BasisKey, sketch: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
     """The named tensors of one layer in a self-contained adapter: of its weight (8,), and of a one-sided form (k,)."""
     tensors = {str(FactorName(layer, key, SKETCH)): sketch}
     return tensors if scale is None else {**tensors, str(FactorName(layer, key, SCALE)): scale}
 
 
-def length_tensors(layer: str, key: str, s: Tensor, rms: Tensor) -> dict[str, Tensor]:
+def length_tensors(layer: str, key: BasisKey, s: Tensor, rms: Tensor) -> dict[str, Tensor]:
     """The named tensors of :func:`~qsvft.storage.factors.measured_scale`: s (k,) and rms (), both fp32."""
     return {str(FactorName(layer, key, part)): value for part, value in zip(LENGTHS, (s, rms), strict=True)}
 
 
-def residual_tensors(layer: str, key: str, s: Tensor) -> dict[str, Tensor]:
+def residual_tensors(layer: str, key: BasisKey, s: Tensor) -> dict[str, Tensor]:
     """The named tensor of a residual base's own s, (k,) fp32."""
     return {str(FactorName(layer, key, RESIDUAL)): s}

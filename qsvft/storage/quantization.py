@@ -106,9 +106,6 @@ def disable_cpu_repacking(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-# --- dense again ---------------------------------------------------------------------------------
-
-
 def dequantize(model: nn.Module) -> nn.Module:
     """Replace every bitsandbytes linear by a plain dense one and clear the quantisation flags."""
     names = _all_names(model)
@@ -126,9 +123,6 @@ def dequantize(model: nn.Module) -> nn.Module:
             _replace(model, names[name], new)
     _clear_flags(model)
     return model
-
-
-# --- in place -------------------------------------------------------------------------------------
 
 
 def partition_linears(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:

@@ -185,9 +185,6 @@ class StoredMatrix(nn.Module):
         return f"rows={self.rows}, columns={self.columns}, bits={self.bits}"
 
 
-# --- rounding -------------------------------------------------------------------------------------
-
-
 def _blocks(matrix: Tensor, block: int) -> Tensor:
     """(rows, columns) -> (rows, blocks, block) fp32, padded with zeros."""
     rows, columns = matrix.shape

@@ -101,9 +101,6 @@ def all_finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
 
 
-# --- reading weights ------------------------------------------------------------------------------
-
-
 def dense_weight(layer: nn.Module) -> Tensor | None:
     """The weight (m outputs, n inputs) as held, dense; None for a layer type not known here."""
     if isinstance(layer, HeldLinear):
@@ -206,9 +203,6 @@ def describe_base(layer: nn.Module) -> dict[str, Any]:
 def dtype_name(dtype: torch.dtype | None) -> str | None:
     """ "bfloat16" of torch.bfloat16."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-# --- dense again ----------------------------------------------------------------------------------
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..maths import patterns
 from ..maths.basis import Basis
+from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorSource
 from ..storage.nf4_product import slice_products
 from ..storage.weights import dense_weight, read_through
@@ -76,9 +77,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         assert isinstance(basis, Basis)
         return basis
 
-    def held_bases(self) -> dict[str, Basis]:
+    def held_bases(self) -> dict[BasisKey, Basis]:
         """Every basis that this layer holds, by its key."""
-        return {key: self.basis(key) for key in self.qsvft_bases}
+        return {BasisKey(key): self.basis(key) for key in self.qsvft_bases}
 
     @property
     def device(self) -> torch.device:

@@ -20,12 +20,13 @@ from ..maths.basis import Basis
 from ..maths.decomposition import Sides
 from ..maths.hadamard import HadamardBasis
 from ..maths.last_input import LastInput
+from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorSource
 from ..storage.factors import StoredBasis, make_bases, make_shared_basis
 from ..storage.residual import ResidualLinear
 from .adapted import AdaptedLinear
 from .config import QSVFTConfig
-from .form import Form, plain_key
+from .form import Form
 from .groups import InputGroup
 from .sources import NOWHERE, Sources
 
@@ -60,13 +61,13 @@ def hold_bases(
             sources.check_weight(layer.module_name, form.inward, weight)
         layer.qsvft_bases.update({form.inward: base.basis("V"), form.outward: base.basis("U")})
         return form, None
-    held: dict[str, Any] = {**(group.held() if group is not None else {}), **layer.held_bases()}
-    owner, (m, n) = layer.module_name if group is None else group.parent, weight.shape
+    held: dict[BasisKey, Any] = {**(group.held() if group is not None else {}), **layer.held_bases()}
+    owner, (m, n) = form.owner(layer.module_name), weight.shape
     looked_up = NOWHERE if form.seeded else sources
     source, found = looked_up.look_up(owner, form.sizes((m, n)), rank, config.factor_bits, weight.device)
     if source is not None and source is sources.own:
         sources.check_weight(layer.module_name, form.inward, weight)
-    new: Mapping[str, Basis] = found if source is not None else _computed(form, weight, rank, config, group, held)
+    new: Mapping[BasisKey, Basis] = found if source is not None else _computed(form, weight, rank, config, group, held)
     names = {key: key for key in form.keys}
     for key, basis in new.items():
         names[key] = _place(held, key, basis, source is None or source is not sources.own)
@@ -77,8 +78,8 @@ def hold_bases(
 
 
 def _computed(
-    form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None, held: Mapping[str, Basis]
-) -> dict[str, Basis]:
+    form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None, held: Mapping[BasisKey, Basis]
+) -> dict[BasisKey, Basis]:
     """Those of the bases of which less than ``rank`` directions are held, anew."""
     missing = [key for key in form.keys if key not in held or held[key].rank < rank]
     if not missing:
@@ -90,16 +91,17 @@ def _computed(
         return {form.inward: make_shared_basis(group.weights, rank, config.factor_bits, form.method)}
     sides: Sides = "both" if form.kind == "both" else "one"
     made = make_bases(weight, rank, sides, config.factor_bits, form.method)
-    return {key: made[key[0]] for key in missing}
+    return {key: made[key.side] for key in missing}
 
 
-def _place(held: dict[str, Basis], key: str, basis: Basis, may_take_key: bool) -> str:
+def _place(held: dict[BasisKey, Basis], key: BasisKey, basis: Basis, may_take_key: bool) -> BasisKey:
     """Put a basis among those held; the name under which it is."""
     for name, other in held.items():
-        if plain_key(name) == key and _agree(other, basis):
+        if name.plain == key and _agree(other, basis):
             _extend(other, basis)
             return name
-    name = key if may_take_key and key not in held else next(n for i in count(1) if (n := f"{key}@{i}") not in held)
+    beside = (key.beside(number) for number in count(1))
+    name = key if may_take_key and key not in held else next(name for name in beside if name not in held)
     held[name] = basis
     return name
 

@@ -1,16 +1,4 @@
-"""Which of the three maps an adapter uses on a layer, and under which keys the layer holds its bases.
-
-A layer holds a basis once for all adapters that agree on it. Its key says the side and how it came about:
-
-    V_bf16, U_nf4            singular vectors of this layer's weight, in 16 or 4 bits
-    V_int8_of_q_proj_k_proj  those of the stacked weight of layers that read the same input
-    V_bf16_randomized_256    256 randomized directions; those of another rank are others, and never extend them
-    V_bf16_float32           singular vectors computed in fp32; V_bf16_float32_256 where they are randomized
-    V_int8_original          those of the dense weight that a residual base was made from
-    V_hadamard_0_64          64 directions of the seeded Hadamard basis
-
-The parts go together: V_nf4_randomized_256_of_gate_proj_up_proj.
-"""
+"""Which of the three maps an adapter uses on a layer, and the keys of the bases that it reads and writes through."""
 
 from __future__ import annotations
 
@@ -18,10 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..maths.decomposition import EXACT, Method, chosen_method, small_side
+from ..storage.basis_key import BasisKey
 from ..storage.residual import ResidualLinear
 from .config import QSVFTConfig
-
-HELD = {16: "bf16", 8: "int8", 4: "nf4"}
 
 
 @dataclass(frozen=True)
@@ -37,20 +24,24 @@ class Form:
     """
 
     kind: Literal["input", "output", "both"]
-    inward: str
-    outward: str
+    inward: BasisKey
+    outward: BasisKey
     seeded: bool = False
     group: str | None = None
     method: Method = EXACT
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def keys(self) -> tuple[BasisKey, ...]:
         """The keys, each once."""
         return tuple(dict.fromkeys((self.inward, self.outward)))
 
-    def sizes(self, shape: tuple[int, int]) -> dict[str, int]:
+    def owner(self, layer: str) -> str:
+        """Under which module's name the bases are stored: the layer's, or the parent's of those that share them."""
+        return layer.rpartition(".")[0] if self.group is not None else layer
+
+    def sizes(self, shape: tuple[int, int]) -> dict[BasisKey, int]:
         """The length of a direction of each basis, for a weight of shape (outputs, inputs)."""
-        return {key: shape["UV".index(key[0])] for key in self.keys}
+        return {key: shape["UV".index(key.side)] for key in self.keys}
 
 
 def form_of(
@@ -66,40 +57,24 @@ def form_of(
         limit: how many directions the group's stacked weight has; min(m, n) without a group.
     """
     method = EXACT
-    if config.basis == "hadamard":
-        held = f"hadamard_{config.seed}_{rank}"
-    else:
-        method = chosen_method(min(shape) if limit is None else limit, rank, str(config.decomposition))
-        held = HELD[config.factor_bits] + _how(method, rank) + ("_original" if config.residual else "")
-    if config.sides == "both":
-        return Form("both", f"V_{held}", f"U_{held}", method=method)
     seeded = config.basis == "hadamard"
-    if group is not None:
-        key = f"V_{held}_of_{group}"
-        return Form("input", key, key, seeded, group, method)
-    kind = small_side(shape)
-    key = f"{'V' if kind == 'input' else 'U'}_{held}"
-    return Form(kind, key, key, seeded, method=method)
+    if not seeded:
+        method = chosen_method(min(shape) if limit is None else limit, rank, str(config.decomposition))
+
+    def key(side: str) -> BasisKey:
+        if seeded:
+            return BasisKey.hadamard(side, config.seed, rank, group=group)
+        original = config.residual
+        return BasisKey.singular(side, config.factor_bits, method, rank, original=original, group=group)
+
+    if config.sides == "both":
+        return Form("both", key("V"), key("U"), method=method)
+    kind = "input" if group is not None else small_side(shape)
+    one = key("V" if kind == "input" else "U")
+    return Form(kind, one, one, seeded, group, method)
 
 
-def plain_key(key: str) -> str:
-    """The key without the number of a basis that is held beside another one (see :mod:`qsvft.tuner.bases`)."""
-    return key.partition("@")[0]
-
-
-def is_shared(key: str) -> bool:
-    """Whether the key is that of a basis which layers share."""
-    return "_of_" in key
-
-
-def residual_key(side: str, base: ResidualLinear) -> str:
+def residual_key(side: str, base: ResidualLinear) -> BasisKey:
     """The key of the directions "U" or "V" that a residual base was made with."""
     held = base.basis(side)
-    return f"{side}_{HELD[held.stored.bits]}{_how(base.method, held.rank)}_original"
-
-
-def _how(method: Method, rank: int) -> str:
-    """A method's part of a key: none for the exact singular vectors."""
-    if method.dtype != EXACT.dtype:
-        return f"_float32_{rank}" if method.randomized else "_float32"
-    return f"_randomized_{rank}" if method.randomized else ""
+    return BasisKey.singular(side, held.stored.bits, base.method, held.rank, original=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..maths.basis import Basis
+from ..storage.basis_key import BasisKey
 from ..storage.weights import dense_weight, read_through
 from .adapted import AdaptedLinear
 from .config import QSVFTConfig
@@ -42,7 +43,6 @@ class InputGroup:
 
     Attributes:
         name: the members' last names, joined.
-        parent: the name of the module that they are in.
         size: n, the length of the input.
         limit: how many directions there are.
     """
@@ -52,11 +52,10 @@ class InputGroup:
     ) -> None:
         self._model, self.members = model, tuple(members)
         self.name = "_".join(member.rpartition(".")[2] for member in members)
-        self.parent = members[0].rpartition(".")[0]
         self.size = shapes[0][1]
         self.limit = self.size if config.basis == "hadamard" else min(sum(m for m, _ in shapes), self.size)
 
-    def held(self) -> dict[str, Basis]:
+    def held(self) -> dict[BasisKey, Basis]:
         """The bases that its layers hold already, by their keys."""
         layers = (layer for layer in self._layers() if isinstance(layer, AdaptedLinear))
         return {key: basis for layer in layers for key, basis in layer.held_bases().items()}

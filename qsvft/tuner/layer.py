@@ -35,7 +35,7 @@ from .adapted import AdaptedLinear
 from .attach import choose_pattern, residual_base
 from .bases import hold_bases
 from .config import QSVFTConfig
-from .form import Form, form_of, plain_key
+from .form import Form, form_of
 from .groups import InputGroup
 from .parameter import Float32Parameter
 from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_difference, sketch, times_transpose
@@ -67,8 +67,6 @@ class QSVFTLinear(AdaptedLinear):
         self._verified: set[str] = set()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, group, sources)
-
-    # --- attaching an adapter ---------------------------------------------------------------------
 
     def update_layer(
         self, adapter_name: str, config: QSVFTConfig, group: InputGroup | None = None, sources: Sources = NOWHERE
@@ -104,13 +102,11 @@ class QSVFTLinear(AdaptedLinear):
     def _scale(self, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, source: FactorSource | None) -> Tensor:
         """1/s of a one-sided form, (rank,) fp32, as it is stored or else as it is measured."""
         if source is not None:
-            stored = source.scale(self.module_name, plain_key(form.inward), rank, config.tail_damping, weight.device)
+            stored = source.scale(self.module_name, form.inward.plain, rank, config.tail_damping, weight.device)
             if stored is not None:
                 return stored
-        s, rms = measured_scale(weight, self.basis(form.inward), form.inward[0], rank)
+        s, rms = measured_scale(weight, self.basis(form.inward), form.inward.side, rank)
         return bounded_inverse(s, rms, config.tail_damping)
-
-    # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
@@ -205,8 +201,6 @@ class QSVFTLinear(AdaptedLinear):
         if adapter not in self._verified:
             self.verify(adapter)
 
-    # --- the probe --------------------------------------------------------------------------------
-
     def _set_probe(self, adapter: str, weight: Tensor) -> None:
         probe = self.compute_probe(adapter, weight)
         self._expected_probe[adapter] = probe
@@ -257,8 +251,6 @@ class QSVFTLinear(AdaptedLinear):
                 )
         self._verified.add(adapter)
 
-    # --- merging ----------------------------------------------------------------------------------
-
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW = U M Vᵀ (m, n) in fp32, what the forward applies, with the factors and the scale as held."""
@@ -304,8 +296,6 @@ class QSVFTLinear(AdaptedLinear):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
-
-    # --- moving -----------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> QSVFTLinear:
         """Move with the model, but keep dtypes: M and the scales stay fp32, the factors as they are held."""

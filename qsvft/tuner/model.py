@@ -42,8 +42,6 @@ class QSVFTModel(BaseTuner):
     _groups: dict[str, InputGroup] | None = None
     _sources: Sources = NOWHERE
 
-    # --- attaching --------------------------------------------------------------------------------
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, with a progress bar over the decompositions and a record of the base."""
         with self._decomposition_progress():
@@ -109,14 +107,10 @@ class QSVFTModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    # --- distributed training ---------------------------------------------------------------------
-
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """The factors, named as DDP sees them in a PeftModel: the same on every rank, never broadcast."""
         return [f"base_model.{name}" for name, _ in self.named_buffers() if ".qsvft_" in name]
-
-    # --- saving and loading -----------------------------------------------------------------------
 
     @classmethod
     def _get_adapter_state_dict(
@@ -146,8 +140,6 @@ class QSVFTModel(BaseTuner):
         reader = AdapterReader(state_dict, config, describe_model(model))
         reader.check(named_layers(model, adapter_name), adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, reader.parameters)
-
-    # --- merging ----------------------------------------------------------------------------------
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         """After a merge the whole model is dense: the layers not adapted are dequantised as well.

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from ..storage.basis_key import BasisKey
 from ..storage.factor_names import PARTS, SCALE, SKETCH, FactorName, adapter_tensors, factor_tensors, parse_name
 from ..storage.factors import StoredBasis
 from .adapted import AdaptedLinear
-from .form import plain_key
 from .probe import content_digest, weight_sketch
 
 
@@ -27,14 +27,14 @@ def stored_factors(layers: Iterable[AdaptedLinear], adapter: str) -> dict[str, T
     Raises:
         ValueError: layers of a group hold different bases.
     """
-    bases: dict[tuple[str, str], tuple[StoredBasis, int]] = {}
+    bases: dict[tuple[str, BasisKey], tuple[StoredBasis, int]] = {}
     tensors: dict[str, Tensor] = {}
     for layer in layers:
         form, rank = layer.forms[adapter], layer.pattern(adapter).rank
         if form.seeded:
             continue
         for held in form.keys:
-            basis, place = layer.basis(held), (_owner(layer, adapter), plain_key(held))
+            basis, place = layer.basis(held), (form.owner(layer.module_name), held.plain)
             assert isinstance(basis, StoredBasis)
             known, most = bases.get(place, (basis, 0))
             if known is not basis:
@@ -45,7 +45,7 @@ def stored_factors(layers: Iterable[AdaptedLinear], adapter: str) -> dict[str, T
             bases[place] = (basis, max(rank, most))
         scale = layer.qsvft_scale[adapter] if form.kind != "both" else None
         sketch = weight_sketch(layer.original_weight())
-        tensors |= adapter_tensors(layer.module_name, plain_key(form.inward), sketch, scale)
+        tensors |= adapter_tensors(layer.module_name, form.inward.plain, sketch, scale)
     for (owner, key), (basis, most) in bases.items():
         tensors |= factor_tensors(owner, key, basis, most)
     return tensors
@@ -72,14 +72,14 @@ class FactorDigests:
         form = layer.forms[adapter]
         if form.seeded:
             return ""
-        names = [FactorName(layer.module_name, plain_key(form.inward), SKETCH)]
+        names = [FactorName(layer.module_name, form.inward.plain, SKETCH)]
         if form.kind != "both":
             names.append(names[0]._replace(part=SCALE))
         for held in form.keys:
             basis = layer.basis(held)
             assert isinstance(basis, StoredBasis)
-            owner = _owner(layer, adapter)
-            names += [FactorName(owner, plain_key(held), part) for part in PARTS[basis.stored.bits]]
+            owner = form.owner(layer.module_name)
+            names += [FactorName(owner, held.plain, part) for part in PARTS[basis.stored.bits]]
         return "".join(self._of_tensor(name) for name in names)
 
     def _of_tensor(self, name: FactorName) -> str:
@@ -100,9 +100,3 @@ def split_factors(state_dict: Mapping[str, Tensor]) -> tuple[dict[FactorName, Te
     names = {key: parse_name(key) for key in state_dict}
     factors = {name: state_dict[key] for key, name in names.items() if name is not None}
     return factors, {key: value for key, value in state_dict.items() if names[key] is None}
-
-
-def _owner(layer: AdaptedLinear, adapter: str) -> str:
-    """Under which module's name the bases of an adapter are stored."""
-    shared = layer.forms[adapter].group is not None
-    return layer.module_name.rpartition(".")[0] if shared else layer.module_name

@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorFiles, FactorSource
 from ..storage.factors import StoredBasis
 from .config import QSVFTConfig
@@ -33,8 +34,8 @@ class Sources:
     given: FactorSource | None = None
 
     def look_up(
-        self, owner: str, sizes: Mapping[str, int], rank: int, bits: int, device: torch.device
-    ) -> tuple[FactorSource | None, dict[str, StoredBasis]]:
+        self, owner: str, sizes: Mapping[BasisKey, int], rank: int, bits: int, device: torch.device
+    ) -> tuple[FactorSource | None, dict[BasisKey, StoredBasis]]:
         """The first source that has every basis of a form, and the bases by their keys.
 
         Args:
@@ -64,13 +65,13 @@ class Sources:
         return None, {}
 
     def own_bases(
-        self, layer: str, sizes: Mapping[str, int], rank: int, bits: int, device: torch.device
+        self, layer: str, sizes: Mapping[BasisKey, int], rank: int, bits: int, device: torch.device
     ) -> dict[str, StoredBasis] | None:
         """The bases that the adapter brings along, by their sides; for the rest see :meth:`look_up`."""
         source, bases = Sources(self.own).look_up(layer, sizes, rank, bits, device)
-        return {key[0]: basis for key, basis in bases.items()} if source is not None else None
+        return {key.side: basis for key, basis in bases.items()} if source is not None else None
 
-    def check_weight(self, layer: str, key: str, weight: Tensor) -> None:
+    def check_weight(self, layer: str, key: BasisKey, weight: Tensor) -> None:
         """Refuse the adapter's own factors on another weight than theirs, before anything is made of them.
 
         Args:

@@ -64,8 +64,6 @@ class Target:
         """The name of the file of the unit at this place of the plan."""
         return f"model-{number + 1:05d}-of-{len(self.units):05d}.safetensors"
 
-    # --- beginning --------------------------------------------------------------------------------
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from preparing into the same directory; the lock goes with its process."""
@@ -134,8 +132,6 @@ class Target:
                 "which a preparation was interrupted. Give another target."
             )
 
-    # --- units ------------------------------------------------------------------------------------
-
     def finished(self) -> dict[str, Record]:
         """The units that are there and whole, by name; what an interrupted writer left is removed."""
         shutil.rmtree(self.folder / WRITING, ignore_errors=True)
@@ -197,8 +193,6 @@ class Target:
                 f"{self.folder}: {_gib(nbytes)} are still to be written, {_gib(free)} are free on its file system. "
                 "Free some space, or give a target elsewhere",
             )
-
-    # --- the end ----------------------------------------------------------------------------------
 
     def finish(self, records: dict[str, Record], config: dict[str, Any], copied: Sequence[Path]) -> None:
         """Write what makes the directory a model: config, tokenizer, and the index as the last.

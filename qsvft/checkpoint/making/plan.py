@@ -91,8 +91,8 @@ class StoredForm:
 
     @property
     def owner(self) -> str:
-        """Under which module's name the bases are stored: the layer, or the parent of a group's layers."""
-        return self.layers[0].rpartition(".")[0] if self.form.group is not None else self.layers[0]
+        """Under which module's name the bases are stored."""
+        return self.form.owner(self.layers[0])
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,6 @@ def plan_digest(units: Sequence[Unit], options: Options) -> str:
     """SHA-256 of a plan: the same for everyone who resumes it."""
     text = json.dumps([options.record(), [asdict(unit) for unit in units]], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# --- linear layers --------------------------------------------------------------------------------
 
 
 def _linear_layers(model: PreTrainedModel, targets: Sequence[str], options: Options) -> dict[str, LinearLayer]:
@@ -272,9 +269,6 @@ def _nothing(rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, device="meta")
 
 
-# --- how long it takes ----------------------------------------------------------------------------
-
-
 def _read_cost(elements: int) -> float:
     """Reading, quantising and writing, in operations that take as long."""
     return 2500.0 * elements
@@ -289,9 +283,6 @@ def _cost(stored: StoredForm, shapes: dict[str, tuple[int, int]]) -> float:
     if stored.form.method.randomized:
         return 14.0 * stored.rank * elements + lengths
     return 2.0 * small * elements + 10.0 * small**3 + lengths
-
-
-# --- what is copied -------------------------------------------------------------------------------
 
 
 def _copies(pieces: Sequence[Piece], taken: set[str], sizes: dict[str, int]) -> Iterator[Unit]:

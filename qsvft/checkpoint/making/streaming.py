@@ -146,9 +146,6 @@ def companions(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(path.match(pattern) for pattern in _NOT_COPIED))
 
 
-# --- going on -------------------------------------------------------------------------------------
-
-
 def _check_same_source(job: Job, target: Target, manifest: dict[str, Any]) -> None:
     """Refuse to go on with another source; times are compared by contents later."""
     before, now = manifest.get("source"), job.checkpoint.fingerprint()
@@ -189,9 +186,6 @@ def _how_to_go_on(target: Target, records: dict[str, Record], what: str) -> str:
         f"{what} with {len(records)} of {len(target.units)} parts finished, which are kept in {target.folder}; run the "
         "same again to go on"
     )
-
-
-# --- small matters --------------------------------------------------------------------------------
 
 
 def _with_progress(

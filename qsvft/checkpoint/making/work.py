@@ -106,13 +106,13 @@ def _factors(
     else:
         (weight,) = weights.values()
         made = make_bases(weight, rank, "both" if form.kind == "both" else "one", bits, form.method)
-        bases = {key: made[key[0]] for key in form.keys}
+        bases = {key: made[key.side] for key in form.keys}
     tensors: dict[str, Tensor] = {}
     for key, basis in bases.items():
         tensors |= factor_tensors(stored.owner, key, basis)
         if form.kind != "both":
             for name in stored.layers:
-                tensors |= length_tensors(name, key, *measured_scale(weights[name], basis, key[0], rank))
+                tensors |= length_tensors(name, key, *measured_scale(weights[name], basis, key.side, rank))
     return tensors
 
 
@@ -128,5 +128,5 @@ def _residual(stored: StoredForm, layer: nn.Module, options: Options) -> dict[st
     made = residual_linear(layer, stored.rank, options.config.factor_bits, form.method)
     tensors = {f"{name}.{leaf}": tensor for leaf, tensor in made.residual.state_dict().items()}
     for key in form.keys:
-        tensors |= factor_tensors(name, key, made.basis(key[0]))
+        tensors |= factor_tensors(name, key, made.basis(key.side))
     return tensors | residual_tensors(name, form.inward, made.qsvft_s)

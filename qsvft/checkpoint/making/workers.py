@@ -76,8 +76,6 @@ def _stop(pool: ProcessPoolExecutor) -> None:
         process.join()
 
 
-# --- in a worker ----------------------------------------------------------------------------------
-
 _worker: tuple[Job, Target, torch.device] | None = None
 
 

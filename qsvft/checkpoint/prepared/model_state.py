@@ -11,7 +11,7 @@ from ...storage.factor_files import factor_tensors, length_tensors, residual_ten
 from ...storage.factors import StoredBasis, measured_scale
 from ...storage.residual import ResidualLinear
 from ...tuner.adapted import AdaptedLinear
-from ...tuner.form import plain_key, residual_key
+from ...tuner.form import residual_key
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def held_factors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in model.named_modules():
         if not isinstance(layer, AdaptedLinear):
             continue
-        grouped = {key for form in layer.forms.values() if form.group is not None for key in form.keys}
+        owners = {key: form.owner(name) for form in layer.forms.values() for key in form.keys}
         one_sided = {form.inward for form in layer.forms.values() if form.kind != "both"}
-        for key, basis in layer.qsvft_bases.items():
-            if not isinstance(basis, StoredBasis) or key != plain_key(key):
+        for key, basis in layer.held_bases().items():
+            if not isinstance(basis, StoredBasis) or key != key.plain:
                 continue  # a basis that an adapter brought along is the adapter's
-            tensors |= factor_tensors(name.rpartition(".")[0] if key in grouped else name, key, basis)
+            tensors |= factor_tensors(owners.get(key, name), key, basis)
             if key in one_sided:
-                s, rms = measured_scale(layer.original_weight(), basis, key[0], basis.rank)
+                s, rms = measured_scale(layer.original_weight(), basis, key.side, basis.rank)
                 tensors |= length_tensors(name, key, s, rms)
     return tensors
 

@@ -164,9 +164,6 @@ def require_file(path: Path) -> os.stat_result:
     return status
 
 
-# --- a header's parts -----------------------------------------------------------------------------
-
-
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):

@@ -56,9 +56,6 @@ def pieces_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
     )
 
 
-# --- one piece ------------------------------------------------------------------------------------
-
-
 def _renamed(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Renamed]:
     try:
         return rename_keys(model, checkpoint.entries)
@@ -141,9 +138,6 @@ def _check_shape(
             f"{checkpoint.name}: found shape {shape} for {name} (from {first_few(keys)}), expected {wanted} by the "
             "config. The config and the weights are not of one model: copy or download them again."
         )
-
-
-# --- all pieces -----------------------------------------------------------------------------------
 
 
 def _each_once(checkpoint: Checkpoint, found: Sequence[Piece], held: Mapping[str, str]) -> list[Piece]:

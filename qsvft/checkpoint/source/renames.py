@@ -92,9 +92,6 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-# --- transformers 5 -------------------------------------------------------------------------------
-
-
 class _Transforms(NamedTuple):
     renamings: list[Any]
     ordered: list[Any]
@@ -132,9 +129,6 @@ def _by_table(model: PreTrainedModel, ordered: Sequence[str]) -> dict[str, Renam
             name, pattern = core.rename_source_key(key, [], [], prefix, state)
         found[key] = Renamed(name, pattern)
     return found
-
-
-# --- transformers 4 -------------------------------------------------------------------------------
 
 
 def _by_class(model: PreTrainedModel, ordered: Sequence[str]) -> dict[str, Renamed]:

@@ -180,9 +180,6 @@ def first_fitting(rungs: Sequence[T], peak_of: Callable[[T], int], card_gib: flo
     return bisect_left(rungs, True, key=lambda rung: fits(peak_of(rung), card_gib))
 
 
-# --- what would fit -------------------------------------------------------------------------------
-
-
 def _changes(
     counter: _Counter, leanest: Rung, card_gib: float, seq_len: int, batch_size: int
 ) -> tuple[dict[str, float], ...]:
@@ -199,9 +196,6 @@ def _changes(
     sold = next((size for size in SOLD_GIB if size >= card), card)
     changes: tuple[dict[str, float], ...] = ({"seq_len": length}, {"card_gib": card})
     return changes if seq_len / length <= sold / card_gib else changes[::-1]
-
-
-# --- counting -------------------------------------------------------------------------------------
 
 
 class _Counter:
@@ -243,9 +237,6 @@ def _shown(progress: bool) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("", total=None)
         yield lambda text: bar.update(task, description=text)
-
-
-# --- what is said ---------------------------------------------------------------------------------
 
 
 def _reasons(
