@@ -66,6 +66,20 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "the mathematics reads the storage",
+        "maths/subspace.py",
+        "from torch import Tensor\n",
+        "from torch import Tensor\n\nfrom ..storage import nf4 as nf4\n",
+        ("test_house.py::test_the_contracts_hold",),
+    ),
+    Mutant(
+        "an option that is declared reaches no method's text",
+        "memory/methods.py",
+        "for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted",
+        'for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted and name != "made_up"',
+        ("test_options.py",),
+    ),
+    Mutant(
         "update subtracted instead of added",
         "maths/basis.py",
         "else base[:, columns], z, F))",
