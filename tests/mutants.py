@@ -68,15 +68,15 @@ MUTANTS = (
     Mutant(
         "the mathematics reads the storage",
         "maths/subspace.py",
-        "from torch import Tensor\n",
-        "from torch import Tensor\n\nfrom ..storage import nf4 as nf4\n",
+        "from torch import Tensor\n\nBLOCKS",
+        "from torch import Tensor\n\nfrom ..storage import nf4 as nf4\n\nBLOCKS",
         ("test_house.py::test_the_contracts_hold",),
     ),
     Mutant(
         "an option that is declared reaches no method's text",
         "memory/methods.py",
-        "for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted",
-        'for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted and name != "made_up"',
+        "for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted}",
+        'for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted and name != "made_up"}',
         ("test_options.py",),
     ),
     Mutant(

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..maths.autocast import linear_dtype
+
 TOKENS = 256
 ROWS = 8192
 
@@ -114,7 +116,7 @@ def chunked_cross_entropy(
         size = tuple(head.shape) if isinstance(head, Tensor) else (head.rows, head.columns)
         _check(hidden, size, labels, ignore_index)
         weight, rows = (head, None) if isinstance(head, Tensor) else (None, head)
-        settings = _Settings(tuple(steps), ignore_index, label_smoothing, compute_dtype(hidden), size[0])
+        settings = _Settings(tuple(steps), ignore_index, label_smoothing, linear_dtype(hidden), size[0])
         total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, rows, labels, settings, torch.is_grad_enabled())
     else:
         if bias is not None:
@@ -316,14 +318,6 @@ def _checkpointed(
     if not torch.is_grad_enabled():
         return torch.stack([loss(*chunk) for chunk in chunks]).sum()
     return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which ``F.linear`` takes this activation's product: autocast's where autocast is on."""
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
 
 
 def _check(hidden: Tensor, size: tuple[int, ...], labels: Tensor, ignore_index: int) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .cross_entropy import Head, Rows, Step, compute_dtype
+from ..maths.autocast import linear_dtype
+from .cross_entropy import Head, Rows, Step
 
 _KNOWN = ("shape", "dtype", "device", "ndim", "dim", "size", "numel", "is_floating_point")
 
@@ -27,7 +28,7 @@ class HeadCall:
 
     def __init__(self, hidden: Tensor, head: nn.Module, forward: Any, linear: Any) -> None:
         self.hidden, self._head, self._forward = hidden, head, forward
-        self.dtype, kind, autocast = compute_dtype(hidden), hidden.device.type, False
+        self.dtype, kind, autocast = linear_dtype(hidden), hidden.device.type, False
         self._autocast: Any = nullcontext()
         if torch.amp.is_autocast_available(kind):
             autocast = torch.is_autocast_enabled(kind)

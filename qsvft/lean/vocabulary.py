@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..maths.autocast import linear_dtype
 from ..storage.shapes_only import shapes_only_active
 from ..storage.stored_matrix import Layout, Parts, StoredMatrix, dense_rows
 
@@ -94,7 +95,7 @@ class QuantizedHead(QuantizedModule):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _in_autocast_dtype(x)
+        x = x.to(linear_dtype(x))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = _Head.apply(x, bias, self.stored.layout, *self.stored.parts())
         return y
@@ -105,13 +106,6 @@ class QuantizedHead(QuantizedModule):
 
 def _scaled(rows: Tensor, scale: Tensor | float) -> Tensor:
     return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
-
-
-def _in_autocast_dtype(x: Tensor) -> Tensor:
-    kind = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
 
 
 class _Head(torch.autograd.Function):

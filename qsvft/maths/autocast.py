@@ -1,4 +1,4 @@
-"""Computing an adapter's part in one dtype, whatever autocast would choose for each operation."""
+"""The dtypes in which products are taken, with autocast and without."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ def in_compute_dtype(a: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     compute = torch.get_autocast_dtype(kind) if a.dtype == torch.float32 else a.dtype
     with torch.autocast(kind, enabled=False):
         return run(a.to(compute))
+
+
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which ``F.linear`` takes this activation's product: autocast's where autocast is on."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

@@ -18,7 +18,7 @@ from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationMethod
 
 from .nf4 import empty_nf4_linear, nf4_parameter
-from .weights import HeldLinear, check_quant_state, check_weight, compute_dtype, dense_layer, dense_weight
+from .weights import HeldLinear, check_quant_state, check_weight, dense_dtype, dense_layer, dense_weight
 
 BITS = (4, 8, 16)
 
@@ -69,9 +69,9 @@ def quantize(
     for name in targets:
         layer = model.get_submodule(name)
         check_weight(name, layer)
-        dtypes.add(compute_dtype(layer))
+        dtypes.add(dense_dtype(layer))
     if not targets:  # all are left to whoever quantises residuals
-        dtypes.update(compute_dtype(model.get_submodule(name)) for name in skipped)
+        dtypes.update(dense_dtype(model.get_submodule(name)) for name in skipped)
     done: dict[int, nn.Parameter] = {}
     names = _all_names(model)
     for name in tqdm(targets, desc=f"quantising to {bits} bits", unit="matrix", disable=not progress):

@@ -22,7 +22,7 @@ from ..maths.decomposition import EXACT, Method
 from .factors import StoredBasis, make_bases
 from .nf4_product import slice_products
 from .quantization import nf4_linear
-from .weights import HeldLinear, compute_dtype, dense_weight, describe_base, product_without_bias, stored_tensors
+from .weights import HeldLinear, dense_dtype, dense_weight, describe_base, product_without_bias, stored_tensors
 
 More = Callable[[Tensor], Tensor]
 
@@ -55,7 +55,7 @@ class ResidualLinear(HeldLinear):
 
     @property
     def dense_dtype(self) -> torch.dtype:
-        return compute_dtype(self.residual)
+        return dense_dtype(self.residual)
 
     def forward(self, x: Tensor, more: More | None = None) -> Tensor:
         """``more`` gives what else is added to the coefficients s * h, from h = Vᵀ x."""

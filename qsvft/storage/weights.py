@@ -205,7 +205,7 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def compute_dtype(layer: nn.Module) -> torch.dtype:
+def dense_dtype(layer: nn.Module) -> torch.dtype:
     """The floating dtype a dense replacement of this layer should have."""
     if isinstance(layer, HeldLinear):
         return layer.dense_dtype
@@ -222,7 +222,7 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
 
 def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
     """A plain ``nn.Linear`` (or ``Conv1D``, where the layer was one) with this (m, n) weight."""
-    dtype = compute_dtype(layer)
+    dtype = dense_dtype(layer)
     bias = getattr(layer, "bias", None)
     weight = weight.to(dtype)
     if isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D:

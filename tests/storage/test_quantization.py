@@ -17,7 +17,7 @@ from qsvft import quantize
 from qsvft.storage.quantization import dequantize, disable_cpu_repacking, held_bits
 from qsvft.storage.weights import (
     check_weight,
-    compute_dtype,
+    dense_dtype,
     dense_layer,
     dense_weight,
     describe_base,
@@ -253,7 +253,7 @@ def test_dense_layer_holds_the_weight_and_bias_it_was_given_in_the_original_dtyp
     weight = dense_weight(layer)
     dense = dense_layer(layer, weight)
     assert type(dense) is type(original)
-    assert compute_dtype(layer) == dense.weight.dtype == dtype
+    assert dense_dtype(layer) == dense.weight.dtype == dtype
     assert dense.weight.shape == original.weight.shape and dense.weight.is_contiguous()
     assert torch.equal(dense_weight(dense), weight.to(dtype))
     assert (dense.bias is None) == (original.bias is None)
