@@ -141,7 +141,7 @@ def commands(text: str) -> list[str]:
 # --- commands that are not run as they are --------------------------------------------------------
 
 
-class _Parsed(Exception):
+class _ArgumentsParsed(BaseException):
     """A script's arguments are understood; no more of it is to run."""
 
 
@@ -151,7 +151,7 @@ def _stopping_at_the_arguments():
 
     def stop(self, *arguments):
         parse(self, *arguments)
-        raise _Parsed
+        raise _ArgumentsParsed
 
     with patch.object(argparse.ArgumentParser, "parse_args", stop):
         yield
@@ -165,7 +165,7 @@ def arguments_parse(words: list[str]) -> None:
     try:
         with _stopping_at_the_arguments(), patch.object(sys, "argv", [str(script), *words[2:]]):
             runpy.run_path(str(script), run_name="__main__")
-    except _Parsed:
+    except _ArgumentsParsed:
         return
     finally:
         sys.path[:] = before
