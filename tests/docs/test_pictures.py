@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import grimp
 import networkx
 import pytest
 from code_blocks import ROOT
 
+grimp = pytest.importorskip("grimp", reason="pictures are drawn where the docs extra is installed, as make test does")
 PICTURES = ROOT / "docs" / "pictures"
 sys.path.insert(0, str(PICTURES))
 import data_path  # noqa: E402
