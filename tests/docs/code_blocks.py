@@ -126,6 +126,14 @@ LANGUAGES: dict[str, Callable[[Reader, Block], None]] = {
 }
 
 
+def inline_commands(page: Path) -> list[str]:
+    """Commands that stand within a sentence."""
+    spans = (child for token in MarkdownIt().parse(page.read_text(encoding="utf-8")) for child in token.children or ())
+    return [
+        span.content for span in spans if span.type == "code_inline" and span.content.startswith(("python ", "make "))
+    ]
+
+
 def with_stand_ins(text: str) -> str:
     for name, other in STAND_INS.items():
         text = text.replace(name, other)

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from code_blocks import CHECKED_OTHERWISE, LANGUAGES, PAGES, ROOT, STAND_INS, Block, Reader, blocks_of, commands
+from code_blocks import (
+    CHECKED_OTHERWISE,
+    LANGUAGES,
+    PAGES,
+    ROOT,
+    STAND_INS,
+    Block,
+    Reader,
+    blocks_of,
+    checked_otherwise,
+    commands,
+    inline_commands,
+)
 
 WITH_CODE = [page for page in PAGES if blocks_of(page)]
 ALL = [block for page in PAGES for block in blocks_of(page)]
@@ -31,6 +43,15 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, reader):
 @pytest.mark.parametrize("block", ALL, ids=str)
 def test_every_block_has_a_language_that_is_run_or_is_plain_text(block):
     assert block.language in LANGUAGES, f"{block}: found {block.language!r}, expected one of {', '.join(LANGUAGES)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_command_within_a_sentence_can_work(page):
+    assert [command for command in inline_commands(page) if not checked_otherwise(command)] == []
+
+
+def test_commands_within_sentences_are_found():
+    assert "make demo" in inline_commands(ROOT / "docs" / "quality.md")
 
 
 def test_a_block_without_a_language_or_indented_is_seen(tmp_path):
