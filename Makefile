@@ -37,6 +37,7 @@ docs: .venv/installed
 pictures: .venv/installed
 	$(BIN)/python -W ignore docs/pictures/data_path.py
 	$(BIN)/python -W ignore docs/pictures/house.py
+	$(BIN)/python -W ignore docs/option_table.py
 
 mutants: .venv/installed
 	$(BIN)/python tests/mutants.py

@@ -5,18 +5,24 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-from dataclasses import fields
+import sys
+from dataclasses import dataclass, fields
 
 import pytest
 from code_blocks import PAGES, ROOT
 from pages import named_paths, table_with
-from peft import PeftConfig
 
 import qsvft
 from qsvft.cli.prepare import prepare as prepare_command
+from qsvft.lean.option import INTEGER, declared, option
+from qsvft.lean.switches import SWITCHES
 from qsvft.memory.methods import parse_method
 from qsvft.memory.presets import model_config
 from qsvft.memory.scenario import count_step
+from qsvft.tuner.config import OPTIONS
+
+sys.path.insert(0, str(ROOT / "docs"))
+import option_table
 
 BUDGETS = json.loads((ROOT / "benchmarks" / "memory" / "budgets.json").read_text())["budgets"]
 MODELS = {"Llama-2-7B": "llama-2-7b", "Llama-3-8B": "llama-3-8b"}
@@ -56,62 +62,57 @@ def test_the_claim_of_the_readme_stands_beside_its_settings():
     assert f"{peak / GIB:.1f} GiB" == "6.5 GiB"
 
 
-OPTIONS = {row["option"].strip("`"): row for row in table_with("docs/options.md", "option", "given in")}
-OWN_FIELDS = {
-    field.name: field
-    for field in fields(qsvft.QSVFTConfig)
-    if field.name not in {inherited.name for inherited in fields(PeftConfig)} and field.name != "base"
-}
+ROWS = {row["option"].strip("`"): row for row in table_with("docs/options.md", "option", "given in")}
 KEYWORDS = {
-    name: parameter
+    name: parameter.default
     for name, parameter in inspect.signature(qsvft.prepare).parameters.items()
     if name not in ("model", "config", "adapter_name", "progress", "options")
 }
 
 
-def given_in(name: str) -> set[str]:
-    return set(OPTIONS[name]["given in"].split(", "))
+def given_in(place: str) -> set[str]:
+    return {name for name, row in ROWS.items() if place in row["given in"].split(", ")}
 
 
-def test_the_option_table_has_every_option_and_no_other():
-    assert set(OPTIONS) == {*OWN_FIELDS, *KEYWORDS}
-    assert {name for name in OPTIONS if "config" in given_in(name)} == set(OWN_FIELDS)
-    assert {name for name in OPTIONS if "keyword" in given_in(name)} == set(KEYWORDS)
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_the_default_in_the_option_table_is_the_one_in_the_code(name):
-    assert ast.literal_eval(OPTIONS[name]["default"].strip("`")) == default(name)
-
-
-def default(name: str) -> object:
-    if name in KEYWORDS:
-        return KEYWORDS[name].default
-    field = OWN_FIELDS[name]
-    return field.default_factory() if callable(field.default_factory) else field.default
+def test_the_option_table_has_every_option_with_its_default():
+    assert {name: ast.literal_eval(row["default"].strip("`")) for name, row in ROWS.items()} == KEYWORDS
+    assert given_in("config") == set(ROWS) & {field.name for field in fields(qsvft.QSVFTConfig)}
+    assert given_in("keyword") == set(ROWS) - given_in("config")
 
 
 def test_the_option_table_says_what_the_command_takes():
     own = {"source", "target", "dtype", "workers", "device", "revision", "dry_run"}
-    taken = set(inspect.signature(prepare_command).parameters) - own
-    assert {name for name in OPTIONS if "command" in given_in(name)} == taken
+    assert given_in("command") == set(inspect.signature(prepare_command).parameters) - own
 
 
 def test_recommend_takes_what_the_option_table_says():
-    taken = {name for name in OPTIONS if "recommend" in given_in(name)}
-    fixed = {name: default(name) for name in taken if default(name) is not None}
+    fixed = {name: KEYWORDS[name] for name in given_in("recommend") if KEYWORDS[name] is not None}
     assert set(qsvft.recommend("tiny", card_gib=8, **fixed).fixed) == set(fixed)
-    for name in set(OPTIONS) - taken:
+    for name in set(ROWS) - given_in("recommend"):
         with pytest.raises(ValueError, match=name):
-            qsvft.recommend("tiny", card_gib=8, **{name: default(name)})
+            qsvft.recommend("tiny", card_gib=8, **{name: KEYWORDS[name]})
 
 
 def test_the_profiler_takes_what_the_option_table_says():
-    renamed = {"offload_checkpoints": "offload"}
     with pytest.raises(ValueError, match="qsvft takes ") as refused:
         parse_method("qsvft:no_such_option=1")
-    taken = {renamed.get(name, name) for name in str(refused.value).partition("qsvft takes ")[2].split(", ")}
-    assert {name for name in OPTIONS if "method" in given_in(name)} == taken
+    assert given_in("method") == set(str(refused.value).partition("qsvft takes ")[2].split(", "))
+
+
+def test_the_option_table_is_the_one_that_the_declarations_make():
+    page = option_table.PAGE.read_text(encoding="utf-8")
+    made = option_table.table(OPTIONS.values(), SWITCHES.values())
+    assert page == option_table.page_with(page, made), "make pictures writes it anew"
+
+
+def test_a_new_option_comes_into_the_option_table_by_its_declaration():
+    @dataclass
+    class Owner:
+        made_up: int = option(3, INTEGER, "What it is.", "3 or more", lambda value: value >= 3, of_factors=True)
+
+    made = option_table.table([*OPTIONS.values(), *declared(Owner).values()], SWITCHES.values())
+    (row,) = [line for line in made.splitlines() if "made_up" in line]
+    assert row == "| `made_up` | `3` | 3 or more | config, command | What it is. |"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
