@@ -90,14 +90,19 @@ def purpose(file: Path) -> str:
 
 
 def order(found: dict[str, Place], arrows: dict[tuple[str, str], int]) -> list[str]:
-    """All places from the top to the bottom, each above what it imports; doors above rooms where there is a choice."""
+    """All places from the top to the bottom, each above what it imports.
+
+    Where there is a choice, what nobody imports comes first, then doors.
+    """
     graph = networkx.DiGraph(list(arrows))
     graph.add_nodes_from(found)
     for circle in list(networkx.strongly_connected_components(graph)):
         # Of a circle that is the arrow up: a room that imports a door.
         up = [(a, b) for a, b in arrows if {a, b} <= circle and found[b].is_door and not found[a].is_door]
         graph.remove_edges_from(up)
-    return list(networkx.lexicographical_topological_sort(graph, key=lambda name: (not found[name].is_door, name)))
+    inner = {imported for _, imported in graph.edges}
+    key = {name: (name in inner, not found[name].is_door, name) for name in found}
+    return list(networkx.lexicographical_topological_sort(graph, key=key.__getitem__))
 
 
 def shown(names: list[str], arrows: dict[tuple[str, str], int]) -> list[tuple[str, str]]:
@@ -148,7 +153,7 @@ def _arrows(
         left[a] += 1
         left[b] += up
         reached[b] += not up
-        reach = RIGHT + 26 + 0.24 * abs(end - start)
+        reach = RIGHT + 26 + 0.2 * abs(end - start)
         d = f"M{RIGHT:g},{start:g} C{reach:g},{start:g} {reach:g},{end:g} {RIGHT + 2:g},{end:g}"
         picture.path(d, UP if up else INK, width=1.5)
 
