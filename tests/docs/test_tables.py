@@ -1,0 +1,125 @@
+"""What the pages say of bytes, options and files is what the code says."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+from dataclasses import dataclass, fields
+
+import pytest
+from code_blocks import PAGES, ROOT
+from pages import named_paths, table_with
+
+import qsvft
+from qsvft.cli.prepare import prepare as prepare_command
+from qsvft.lean.option import INTEGER, declared, option
+from qsvft.lean.switches import SWITCHES
+from qsvft.memory.methods import parse_method
+from qsvft.memory.presets import model_config
+from qsvft.memory.scenario import count_step
+from qsvft.tuner.config import OPTIONS
+
+sys.path.insert(0, str(ROOT / "docs"))
+import option_table
+
+BUDGETS = json.loads((ROOT / "benchmarks" / "memory" / "budgets.json").read_text())["budgets"]
+MODELS = {"Llama-2-7B": "llama-2-7b", "Llama-3-8B": "llama-3-8b"}
+GIB = 2**30
+MEMORY_ROWS = [
+    pytest.param(row["method"].strip("`"), model, float(row[heading]), id=f"{page}-{row['method']}-{model}")
+    for page in ("README.md", "docs/memory.md")
+    for row in table_with(page, "method", *MODELS)
+    for heading, model in MODELS.items()
+]
+
+
+def counted_peak(model: str, method: str) -> int:
+    """Bytes at the peak: of the memory gate's budget where there is one, counted anew elsewhere."""
+    budget = BUDGETS.get(f"{model} | 2048 tokens | checkpointing on | {method}")
+    if budget is not None:
+        return budget["peak"]
+    ledger, _ = count_step(model_config(model), parse_method(method), 1, 2048, True)
+    return ledger.peaks()["total"].nbytes
+
+
+@pytest.mark.parametrize(("method", "model", "gib"), MEMORY_ROWS)
+def test_a_row_of_the_memory_tables_is_what_the_ledger_counts(method, model, gib):
+    assert f"{counted_peak(model, method) / GIB:.2f}" == f"{gib:.2f}"
+
+
+def test_both_memory_tables_are_read():
+    assert len(MEMORY_ROWS) == 2 * (5 + 14)
+
+
+def test_the_claim_of_the_readme_stands_beside_its_settings():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (claim,) = [part for part in readme.split("\n\n") if "6.5 GiB" in part]
+    settings = ("predicted", "Llama-3-8B", "`factor_bits=4`", "`quantize_embeddings=8`", "2048 tokens", "batch 1")
+    assert [words for words in (*settings, "checkpointing", "chunked loss") if words not in claim] == []
+    peak = counted_peak("llama-3-8b", "qsvft:factor_bits=4,quantize_embeddings=8")
+    assert f"{peak / GIB:.1f} GiB" == "6.5 GiB"
+
+
+ROWS = {row["option"].strip("`"): row for row in table_with("docs/options.md", "option", "given in")}
+KEYWORDS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(qsvft.prepare).parameters.items()
+    if name not in ("model", "config", "adapter_name", "progress", "options")
+}
+
+
+def given_in(place: str) -> set[str]:
+    return {name for name, row in ROWS.items() if place in row["given in"].split(", ")}
+
+
+def test_the_option_table_has_every_option_with_its_default():
+    assert {name: ast.literal_eval(row["default"].strip("`")) for name, row in ROWS.items()} == KEYWORDS
+    assert given_in("config") == set(ROWS) & {field.name for field in fields(qsvft.QSVFTConfig)}
+    assert given_in("keyword") == set(ROWS) - given_in("config")
+
+
+def test_the_option_table_says_what_the_command_takes():
+    own = {"source", "target", "dtype", "workers", "device", "revision", "dry_run"}
+    assert given_in("command") == set(inspect.signature(prepare_command).parameters) - own
+
+
+def test_recommend_takes_what_the_option_table_says():
+    fixed = {name: KEYWORDS[name] for name in given_in("recommend") if KEYWORDS[name] is not None}
+    assert set(qsvft.recommend("tiny", card_gib=8, **fixed).fixed) == set(fixed)
+    for name in set(ROWS) - given_in("recommend"):
+        with pytest.raises(ValueError, match=name):
+            qsvft.recommend("tiny", card_gib=8, **{name: KEYWORDS[name]})
+
+
+def test_the_profiler_takes_what_the_option_table_says():
+    with pytest.raises(ValueError, match="qsvft takes ") as refused:
+        parse_method("qsvft:no_such_option=1")
+    assert given_in("method") == set(str(refused.value).partition("qsvft takes ")[2].split(", "))
+
+
+def test_the_option_table_is_the_one_that_the_declarations_make():
+    page = option_table.PAGE.read_text(encoding="utf-8")
+    made = option_table.table(OPTIONS.values(), SWITCHES.values())
+    assert page == option_table.page_with(page, made), "make pictures writes it anew"
+
+
+def test_a_new_option_comes_into_the_option_table_by_its_declaration():
+    @dataclass
+    class Owner:
+        made_up: int = option(3, INTEGER, "What it is.", "3 or more", lambda value: value >= 3, of_factors=True)
+
+    made = option_table.table([*OPTIONS.values(), *declared(Owner).values()], SWITCHES.values())
+    (row,) = [line for line in made.splitlines() if "made_up" in line]
+    assert row == "| `made_up` | `3` | 3 or more | config, command | What it is. |"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page):
+    missing = [name for where, name in named_paths() if where == page and not (ROOT / name).exists()]
+    assert missing == []
+
+
+def test_the_pages_name_files():
+    assert len({name for _, name in named_paths()}) > 20
