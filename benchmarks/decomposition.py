@@ -31,15 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from qsvft.maths.decomposition import EXACT, Method, decompose, shared_directions, small_side
+from qsvft.maths.decomposition import EXACT, Decomposer, decompose, shared_directions, small_side
 from qsvft.maths.patterns import banded
 from qsvft.maths.subspace import leading_directions
 from qsvft.storage.factors import StoredBasis, measured_scale
 from qsvft.storage.stored_matrix import StoredMatrix
 
-FLOAT32 = Method(dtype=torch.float32)
-RANDOMIZED = Method(randomized=True)
-RANDOMIZED_FLOAT32 = Method(randomized=True, dtype=torch.float32)
+FLOAT32 = Decomposer(dtype=torch.float32)
+RANDOMIZED = Decomposer(randomized=True)
+RANDOMIZED_FLOAT32 = Decomposer(randomized=True, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Way:
     """A method with a form; ``truncated`` is at --rank, else at full rank."""
 
     name: str
-    method: Method
+    method: Decomposer
     sides: str
     truncated: bool
 

@@ -14,7 +14,7 @@ from results import FAILED, Rows
 from qsvft.memory.methods import parse_method
 from qsvft.memory.presets import model_config
 from qsvft.memory.scenario import count_step, one_line
-from qsvft.memory.shapes import empty_model
+from qsvft.memory.shapes import model_without_values
 
 Case = tuple[str, str, int]
 
@@ -29,7 +29,7 @@ def predict(case: Case) -> dict[str, Any]:
         "predicted_bytes": peak.nbytes,
         "categories": {kind: n for kind, n in peak.categories.items() if n},
         "at": f"{peak.phase}, {peak.module or 'outside the modules'}",
-        "dense_bytes": 2 * sum(p.numel() for p in empty_model(model_config(model)).parameters()),
+        "dense_bytes": 2 * sum(p.numel() for p in model_without_values(model_config(model)).parameters()),
     }
 
 

@@ -46,7 +46,7 @@ Head = Tensor | Rows | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Step:
+class LogitStep:
     """What a model does to every logit between its head and the loss: x * c, x / c, tanh(x) or a cast.
 
     Gemma's soft-capping is three of them: x / c, tanh(x), x * c.
@@ -77,7 +77,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    steps: Sequence[Step] = (),
+    steps: Sequence[LogitStep] = (),
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
@@ -129,7 +129,7 @@ def chunked_cross_entropy(
 
 @dataclass(frozen=True)
 class _Settings:
-    steps: tuple[Step, ...]
+    steps: tuple[LogitStep, ...]
     ignore_index: int
     smoothing: float
     dtype: torch.dtype
@@ -200,7 +200,7 @@ def _chunk(
     of_hidden, of_weight, of_bias = gradients
     hidden = hidden.to(settings.dtype)
     logits = _logits(hidden, matrix, bias, settings)
-    tape: list[tuple[Step, Tensor | None, torch.dtype]] = []
+    tape: list[tuple[LogitStep, Tensor | None, torch.dtype]] = []
     for step in settings.steps:
         before = logits.dtype
         logits = step(logits)
@@ -296,7 +296,7 @@ def _checkpointed(
     hidden: Tensor,
     head: Callable[[Tensor], Tensor],
     labels: Tensor,
-    steps: Sequence[Step],
+    steps: Sequence[LogitStep],
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:

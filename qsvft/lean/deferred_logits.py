@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..maths.autocast import linear_dtype
-from .cross_entropy import Head, Rows, Step
+from .cross_entropy import Head, LogitStep, Rows
 
 _KNOWN = ("shape", "dtype", "device", "ndim", "dim", "size", "numel", "is_floating_point")
 
@@ -71,7 +71,7 @@ class DeferredLogits:
     are computed once, with gradients, as long as the head's parameters are those of the forward.
     """
 
-    def __init__(self, call: HeadCall, steps: tuple[Step, ...] = (), place: torch.device | None = None) -> None:
+    def __init__(self, call: HeadCall, steps: tuple[LogitStep, ...] = (), place: torch.device | None = None) -> None:
         self._call, self._steps, self._place = call, steps, place
         self._computed: Tensor | None = None
 
@@ -88,7 +88,7 @@ class DeferredLogits:
         """Whether V is what the loss expects, and nobody holds (and may have written into) the true logits."""
         return self._computed is None and self._call.rows() in (None, vocabulary)
 
-    def parts(self) -> tuple[Tensor, Head, Tensor | None, tuple[Step, ...]]:
+    def parts(self) -> tuple[Tensor, Head, Tensor | None, tuple[LogitStep, ...]]:
         """hidden (tokens, H), head, bias and steps, for :func:`qsvft.lean.cross_entropy.chunked_cross_entropy`."""
         call = self._call
         head: Head = call if call.weight is None else call.weight
@@ -100,7 +100,7 @@ class DeferredLogits:
         return logits
 
     def _then(self, kind: Any, value: Any = None) -> Any:
-        step = Step(kind, value)
+        step = LogitStep(kind, value)
         if self._computed is not None:
             return step(self._computed)
         return DeferredLogits(self._call, (*self._steps, step), self._place)

@@ -48,7 +48,7 @@ _THIN_STRETCH = 2**19  # entries: of 4 MiB, which the second product with a narr
 
 
 @dataclass(frozen=True)
-class Method:
+class Decomposer:
     """How a matrix is decomposed.
 
     Attributes:
@@ -67,10 +67,10 @@ class Method:
         return "float32, randomized" if self.randomized else "float32"
 
 
-EXACT = Method()
+EXACT = Decomposer()
 
 
-def chosen_method(limit: int, rank: int, decomposition: str = "auto") -> Method:
+def chosen_method(limit: int, rank: int, decomposition: str = "auto") -> Decomposer:
     """The method that a config's ``decomposition`` means for one matrix: a function of its shape and rank alone.
 
     Args:
@@ -87,7 +87,7 @@ def chosen_method(limit: int, rank: int, decomposition: str = "auto") -> Method:
         raise ValueError(f"decomposition: expected one of {names}, got {decomposition!r}")
     small = limit >= _RANDOMIZED_FROM and rank <= limit * _RANDOMIZED_UP_TO
     randomized = decomposition == "randomized" or (decomposition != "exact" and small)
-    return Method(randomized, torch.float32 if decomposition == "float32" else torch.float64)
+    return Decomposer(randomized, torch.float32 if decomposition == "float32" else torch.float64)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def stretches(weight: Tensor, dtype: torch.dtype = torch.float64, entries: int =
         yield held[: part.shape[0]].copy_(part)
 
 
-def decompose(weight: Tensor, rank: int, sides: Sides = "one", method: Method = EXACT) -> Decomposition:
+def decompose(weight: Tensor, rank: int, sides: Sides = "one", method: Decomposer = EXACT) -> Decomposition:
     """The first ``rank`` singular triplets of a weight.
 
     Args:
@@ -167,7 +167,7 @@ def decompose(weight: Tensor, rank: int, sides: Sides = "one", method: Method = 
     return Decomposition(other, s, small) if upright else Decomposition(small, s, other)
 
 
-def shared_directions(weights: Weights, rank: int, method: Method = EXACT) -> tuple[Tensor, Tensor]:
+def shared_directions(weights: Weights, rank: int, method: Decomposer = EXACT) -> tuple[Tensor, Tensor]:
     """The first singular values and right singular vectors of weights (m_i, n) stacked.
 
     Args:
@@ -187,7 +187,7 @@ def shared_directions(weights: Weights, rank: int, method: Method = EXACT) -> tu
 
 
 def _small_side_vectors(
-    weights: Weights, size: int, rank: int, method: Method, device: torch.device
+    weights: Weights, size: int, rank: int, method: Decomposer, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """s and V (k, n) of the stacked weights, signs not fixed."""
     if not method.randomized:

@@ -14,7 +14,7 @@ from .methods import Method
 from .report import MemoryReport
 from .rows import Measurement
 from .scenario import Scenario, one_line
-from .shapes import empty_model
+from .shapes import model_without_values
 
 
 def present_device() -> str:
@@ -33,7 +33,7 @@ def check_room(name: str, config: PretrainedConfig, device: str) -> None:
     Raises:
         ValueError: one line with both sizes.
     """
-    parameters = sum(p.numel() for p in empty_model(copy.deepcopy(config)).parameters())
+    parameters = sum(p.numel() for p in model_without_values(copy.deepcopy(config)).parameters())
     free = free_bytes(device)
     if 2 * parameters > free:
         raise ValueError(

@@ -24,7 +24,7 @@ from .presets import model_config
 from .report import MemoryReport
 from .rows import Row, row_of
 from .scenario import Scenario, one_line
-from .shapes import empty_model
+from .shapes import model_without_values
 from .step import OPTIMIZERS
 
 LENGTH_STEP = 128
@@ -252,7 +252,7 @@ def check_config(name: str, config: PretrainedConfig) -> None:
         ValueError: one line naming the model.
     """
     try:
-        model = empty_model(copy.deepcopy(config))
+        model = model_without_values(copy.deepcopy(config))
     except Exception as error:  # transformers raises what it likes for sizes that do not match
         raise ValueError(f"model {name!r} cannot be built: {one_line(error, name=False)}") from error
     if "labels" not in inspect.signature(model.forward).parameters:

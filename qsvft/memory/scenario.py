@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .ledger import Ledger
 from .methods import Method, build
-from .shapes import ATTENTION, empty_model
+from .shapes import ATTENTION, model_without_values
 from .step import count_on
 
 
@@ -20,7 +20,7 @@ class Scenario:
         self, config: PretrainedConfig, method: Method, checkpointing: bool, optimizer: str, device: str
     ) -> None:
         config = copy.deepcopy(config)
-        self.base = empty_model(config) if device == "meta" else random_model(config, device)
+        self.base = model_without_values(config) if device == "meta" else random_model(config, device)
         self.model = build(method, self.base)
         self.head = self.base.get_output_embeddings()
         self.checkpointing, self.optimizer = checkpointing, optimizer

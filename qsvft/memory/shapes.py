@@ -12,7 +12,7 @@ from ..storage.nf4 import empty_nf4_linear
 from ..storage.quantization import partition_linears, set_flags
 
 
-def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def model_without_values(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A causal language model on the meta device, frozen."""
     try:
         with torch.device("meta"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
-from ..maths.decomposition import EXACT, Method
+from ..maths.decomposition import EXACT, Decomposer
 
 HELD = {16: "bf16", 8: "int8", 4: "nf4"}
 
@@ -29,7 +29,14 @@ class BasisKey(str):
 
     @classmethod
     def singular(
-        cls, side: str, bits: int, method: Method, rank: int, *, original: bool = False, group: str | None = None
+        cls,
+        side: str,
+        bits: int,
+        method: Decomposer,
+        rank: int,
+        *,
+        original: bool = False,
+        group: str | None = None,
     ) -> BasisKey:
         """The key of singular vectors (or of directions that hold nearly as much).
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.basis import Basis, add_coefficients, read_coefficients
-from ..maths.decomposition import EXACT, Method, Sides, Weights, decompose, shared_directions, small_side, stretches
+from ..maths.decomposition import (
+    EXACT,
+    Decomposer,
+    Sides,
+    Weights,
+    decompose,
+    shared_directions,
+    small_side,
+    stretches,
+)
 from .stored_matrix import StoredMatrix
 
 _STRETCH = 2**24  # entries, 128 MiB in fp64; each stretch reads the whole basis
@@ -60,7 +69,9 @@ def needed_sides(sides: Sides, shape: tuple[int, int] | torch.Size) -> tuple[boo
     return small_side(shape) == "output", small_side(shape) == "input"
 
 
-def make_bases(weight: Tensor, rank: int, sides: Sides, bits: int, method: Method = EXACT) -> dict[str, StoredBasis]:
+def make_bases(
+    weight: Tensor, rank: int, sides: Sides, bits: int, method: Decomposer = EXACT
+) -> dict[str, StoredBasis]:
     """Decompose a weight as held, and hold the vectors that a form needs.
 
     Args:
@@ -82,7 +93,7 @@ def make_bases(weight: Tensor, rank: int, sides: Sides, bits: int, method: Metho
     return {side: StoredBasis(StoredMatrix.hold(rows, bits)) for side, rows in vectors.items()}
 
 
-def make_shared_basis(weights: Weights, rank: int, bits: int, method: Method = EXACT) -> StoredBasis:
+def make_shared_basis(weights: Weights, rank: int, bits: int, method: Decomposer = EXACT) -> StoredBasis:
     """V of weights (m_i, n) stacked: the directions of the input that all of them read.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.autocast import in_compute_dtype
-from ..maths.decomposition import EXACT, Method
+from ..maths.decomposition import EXACT, Decomposer
 from .factors import StoredBasis, make_bases
 from .nf4_product import slice_products
 from .quantization import nf4_linear
@@ -39,7 +39,9 @@ class ResidualLinear(HeldLinear):
 
     qsvft_s: Tensor
 
-    def __init__(self, residual: nn.Module, U: StoredBasis, V: StoredBasis, s: Tensor, method: Method = EXACT) -> None:
+    def __init__(
+        self, residual: nn.Module, U: StoredBasis, V: StoredBasis, s: Tensor, method: Decomposer = EXACT
+    ) -> None:
         super().__init__()
         self.method = method
         self.residual = slice_products(residual)
@@ -105,7 +107,11 @@ class ResidualLinear(HeldLinear):
 
 
 def residual_linear(
-    layer: nn.Module, rank: int, bits: int, method: Method = EXACT, bases: Mapping[str, StoredBasis] | None = None
+    layer: nn.Module,
+    rank: int,
+    bits: int,
+    method: Decomposer = EXACT,
+    bases: Mapping[str, StoredBasis] | None = None,
 ) -> ResidualLinear:
     """Decompose a dense layer's weight, and quantise what the rounded directions leave of it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..maths.decomposition import EXACT, Method, chosen_method, small_side
+from ..maths.decomposition import EXACT, Decomposer, chosen_method, small_side
 from ..storage.basis_key import BasisKey
 from ..storage.residual import ResidualLinear
 from .config import QSVFTConfig
@@ -28,7 +28,7 @@ class Form:
     outward: BasisKey
     seeded: bool = False
     group: str | None = None
-    method: Method = EXACT
+    method: Decomposer = EXACT
 
     @property
     def keys(self) -> tuple[BasisKey, ...]:

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from qsvft.lean import cross_entropy as loss_module
-from qsvft.lean.cross_entropy import Step, chunked_cross_entropy
+from qsvft.lean.cross_entropy import LogitStep, chunked_cross_entropy
 from qsvft.memory.ledger import Ledger
 
 TOKENS, VOCABULARY, WIDTH = 999, 1003, 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SOFTCAP = (Step("divide", 5.0), Step("tanh"), Step("multiply", 5.0))
+SOFTCAP = (LogitStep("divide", 5.0), LogitStep("tanh"), LogitStep("multiply", 5.0))
 STEPS = {
     "softcap": SOFTCAP,
-    "multiply": (Step("multiply", 0.3),),
-    "divide": (Step("divide", 3.0),),
-    "tanh last": (Step("cast", torch.float32), Step("tanh")),
-    "cast between": (Step("multiply", 0.5), Step("cast", torch.float32), Step("divide", 1.5)),
+    "multiply": (LogitStep("multiply", 0.3),),
+    "divide": (LogitStep("divide", 3.0),),
+    "tanh last": (LogitStep("cast", torch.float32), LogitStep("tanh")),
+    "cast between": (LogitStep("multiply", 0.5), LogitStep("cast", torch.float32), LogitStep("divide", 1.5)),
 }
 
 
@@ -72,7 +72,7 @@ def assert_no_worse_than_plain(ours, theirs, exact, factor=1.5):
 def exact_gradients(leaves, labels, bias=True, **options):
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     operands = doubles if bias else [*doubles, None]
-    steps = [s if s.kind != "cast" else Step("cast", torch.float64) for s in options.pop("steps", ())]
+    steps = [s if s.kind != "cast" else LogitStep("cast", torch.float64) for s in options.pop("steps", ())]
     return gradients(plain(*operands, labels, steps=steps, **options), *doubles)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qsvft.maths import decomposition
 from qsvft.maths.decomposition import (
     EXACT,
-    Method,
+    Decomposer,
     chosen_method,
     decompose,
     shared_directions,
@@ -20,7 +20,7 @@ from qsvft.maths.decomposition import (
     small_side,
 )
 
-FLOAT32 = Method(dtype=torch.float32)
+FLOAT32 = Decomposer(dtype=torch.float32)
 
 SHAPES = pytest.mark.parametrize(("m", "n"), [(40, 40), (61, 40), (40, 75), (1, 9), (9, 1), (1, 1)])
 
@@ -220,7 +220,7 @@ def test_a_rank_out_of_range_is_refused_with_the_range_and_the_shape(rank, sides
         decompose(make_weight(30, 20), rank, sides)
 
 
-@pytest.mark.parametrize("method", [EXACT, FLOAT32, Method(randomized=True)], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [EXACT, FLOAT32, Decomposer(randomized=True)], ids=lambda method: method.name)
 def test_the_weight_is_not_changed(method):
     W = make_weight(30, 20)
     before = W.clone()
@@ -253,7 +253,7 @@ SPECTRA = {
 def test_both_sides_are_orthonormal_and_rebuild_the_weight_however_ill_conditioned(m, n, spectrum, randomized):
     """Small singular values are what W v_j / s_j alone would lose."""
     W = with_singular_values(m, n, SPECTRA[spectrum])
-    parts = decompose(W, 30, "both", Method(randomized))
+    parts = decompose(W, 30, "both", Decomposer(randomized))
     for factor in (parts.U, parts.V):
         assert float((factor @ factor.T - identity(30)).abs().max()) < 1e-6
     assert bool((parts.s.diff() <= 0).all())
@@ -282,7 +282,7 @@ def test_the_length_of_a_stretch_does_not_matter(monkeypatch, m, n, sides, rando
     W, whole = make_weight(m, n), None
     for entries in (10_000, 300, 1):
         monkeypatch.setattr(decomposition.stretches, "__defaults__", (torch.float64, entries))
-        parts = decompose(W, 12, sides, Method(randomized))
+        parts = decompose(W, 12, sides, Decomposer(randomized))
         if whole is not None:
             for a, b in ((parts.U, whole.U), (parts.V, whole.V), (parts.s, whole.s)):
                 assert (a is None) == (b is None)
@@ -296,7 +296,7 @@ def test_the_length_of_a_stretch_does_not_matter(monkeypatch, m, n, sides, rando
 def test_several_weights_are_decomposed_as_the_stacked_one(rows, randomized):
     weights = [make_weight(m, 40, seed=m + i) for i, m in enumerate(rows)]
     rank = min(sum(rows), 40) // 2
-    s, V = shared_directions(lambda: iter(weights), rank, Method(randomized))
+    s, V = shared_directions(lambda: iter(weights), rank, Decomposer(randomized))
     exact = torch.linalg.svd(torch.cat(weights), full_matrices=False)
     close(s, exact[1][:rank])
     close(V, exact[2][:rank] * torch.sign(exact[2][:rank] @ sign_reference(40)).unsqueeze(1))
@@ -310,7 +310,7 @@ def test_weights_that_read_the_same_input_are_read_once_by_the_exact_method_and_
         return (make_weight(20, 500), make_weight(20, 500, seed=1))
 
     counts = []
-    for method in (EXACT, Method(randomized=True)):
+    for method in (EXACT, Decomposer(randomized=True)):
         shared_directions(weights, 2, method)
         counts.append(len(reads))
         reads.clear()
@@ -331,7 +331,7 @@ def test_on_meta_only_shapes_are_made():
 @pytest.mark.parametrize(("m", "n"), [(40, 40), (61, 40), (40, 75), (90, 40)])
 def test_in_fp32_the_vectors_are_fp32_and_those_of_fp64_to_its_rounding(m, n, sides, randomized):
     W = make_weight(m, n)
-    parts, exact = decompose(W, 20, sides, Method(randomized, torch.float32)), decompose(W, 20, sides)
+    parts, exact = decompose(W, 20, sides, Decomposer(randomized, torch.float32)), decompose(W, 20, sides)
     for found, expected in ((parts.U, exact.U), (parts.V, exact.V), (parts.s, exact.s)):
         assert (found is None) == (expected is None)
         if found is not None:
@@ -350,14 +350,16 @@ def test_in_fp32_the_vectors_are_fp32_and_those_of_fp64_to_its_rounding(m, n, si
     [(1024, 128, True), (1024, 129, False), (1023, 16, False), (4096, 512, True), (4096, 4096, False), (64, 1, False)],
 )
 def test_auto_is_randomized_for_a_small_rank_of_a_large_matrix(limit, rank, randomized):
-    assert chosen_method(limit, rank, "auto") == Method(randomized)
-    assert chosen_method(limit, rank, "float32") == Method(randomized, torch.float32)
+    assert chosen_method(limit, rank, "auto") == Decomposer(randomized)
+    assert chosen_method(limit, rank, "float32") == Decomposer(randomized, torch.float32)
     assert chosen_method(limit, rank, "exact") == EXACT
-    assert chosen_method(limit, rank, "randomized") == Method(True)
+    assert chosen_method(limit, rank, "randomized") == Decomposer(True)
 
 
 def test_each_method_has_a_name_of_its_own():
-    methods = [Method(randomized, dtype) for randomized in (False, True) for dtype in (torch.float64, torch.float32)]
+    methods = [
+        Decomposer(randomized, dtype) for randomized in (False, True) for dtype in (torch.float64, torch.float32)
+    ]
     assert {method.name for method in methods} == {"exact", "randomized", "float32", "float32, randomized"}
 
 

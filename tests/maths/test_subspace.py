@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from qsvft.maths import subspace
-from qsvft.maths.decomposition import Decomposition, Method, decompose, sign_reference
+from qsvft.maths.decomposition import Decomposer, Decomposition, decompose, sign_reference
 from qsvft.maths.patterns import banded
 from qsvft.maths.subspace import leading_directions, start
 
-RANDOMIZED = Method(randomized=True)
+RANDOMIZED = Decomposer(randomized=True)
 SIZE, RANK = 512, 32
 
 

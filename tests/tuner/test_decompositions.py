@@ -13,12 +13,12 @@ from torch import nn
 import qsvft
 from qsvft import QSVFTConfig
 from qsvft.maths import subspace
-from qsvft.maths.decomposition import EXACT, Method, decompose, shared_directions
+from qsvft.maths.decomposition import EXACT, Decomposer, decompose, shared_directions
 from qsvft.tuner import QSVFTLinear
 from qsvft.tuner.form import form_of
 
-RANDOMIZED, FLOAT32 = Method(randomized=True), Method(dtype=torch.float32)
-BOTH = Method(randomized=True, dtype=torch.float32)
+RANDOMIZED, FLOAT32 = Decomposer(randomized=True), Decomposer(dtype=torch.float32)
+BOTH = Decomposer(randomized=True, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def held(layer: QSVFTLinear, key: str) -> torch.Tensor:
     return layer.basis(key).dense(torch.bfloat16)
 
 
-def expected(layer: QSVFTLinear, rank: int, method: Method) -> torch.Tensor:
+def expected(layer: QSVFTLinear, rank: int, method: Decomposer) -> torch.Tensor:
     V = decompose(layer.original_weight(), rank, "one", method).V
     assert V is not None
     return V.bfloat16()

@@ -48,7 +48,7 @@ class Record:
     source: str
 
 
-class Target:
+class Directory:
     """The directory that a checkpoint is prepared into.
 
     Args:

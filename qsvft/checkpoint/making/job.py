@@ -20,7 +20,7 @@ from ...tuner.tasks import check_residual, config_for, left_whole
 from ..source.architecture import FLOATS
 from ..source.checkpoint import Checkpoint, first_few, open_checkpoint
 from ..source.names import Names, empty_model, pieces_of
-from .directory import Record, Target
+from .directory import Directory, Record
 from .plan import Options, Unit, plan_digest, plan_units
 from .work import finish_unit
 
@@ -85,11 +85,11 @@ class Job:
         """Of the plan."""
         return plan_digest(self.units, self.options)
 
-    def target(self, folder: Any) -> Target:
+    def target(self, folder: Any) -> Directory:
         """The directory for it."""
-        return Target(folder, [unit.name for unit in self.units], self.digest)
+        return Directory(folder, [unit.name for unit in self.units], self.digest)
 
-    def do(self, number: int, target: Target, device: torch.device) -> Record:
+    def do(self, number: int, target: Directory, device: torch.device) -> Record:
         """Do one unit and write it.
 
         Raises:

@@ -15,7 +15,7 @@ from ...storage.quantization import linear_names
 from ...tuner.config import QSVFTConfig
 from ..prepared.quantizer import PreparedConfig
 from ..source.checkpoint import Checkpoint
-from .directory import Record, Target
+from .directory import Directory, Record
 from .job import Job, open_job
 from .work import source_digest
 from .workers import do_units
@@ -77,7 +77,7 @@ def prepare_checkpoint(
     return run_job(job, job.target(target), workers, where, progress)
 
 
-def run_job(job: Job, target: Target, workers: int, device: torch.device, progress: bool) -> Path:
+def run_job(job: Job, target: Directory, workers: int, device: torch.device, progress: bool) -> Path:
     """Do what a job still lacks in its target; see :func:`prepare_checkpoint`."""
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise ValueError(f"workers: expected an integer of at least 1, got {workers!r}")
@@ -101,7 +101,7 @@ def run_job(job: Job, target: Target, workers: int, device: torch.device, progre
     return target.folder
 
 
-def _resumed(job: Job, target: Target) -> dict[str, Record]:
+def _resumed(job: Job, target: Directory) -> dict[str, Record]:
     """What an earlier call finished, if it prepared the same."""
     manifest = target.manifest()
     now = {"source": job.checkpoint.fingerprint(), "options": job.options.record(), "plan": job.digest}
@@ -146,7 +146,7 @@ def companions(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(path.match(pattern) for pattern in _NOT_COPIED))
 
 
-def _check_same_source(job: Job, target: Target, manifest: dict[str, Any]) -> None:
+def _check_same_source(job: Job, target: Directory, manifest: dict[str, Any]) -> None:
     """Refuse to go on with another source; times are compared by contents later."""
     before, now = manifest.get("source"), job.checkpoint.fingerprint()
     if _without_times(before) != _without_times(now):
@@ -156,7 +156,7 @@ def _check_same_source(job: Job, target: Target, manifest: dict[str, Any]) -> No
         )
 
 
-def _check_contents(job: Job, target: Target, records: dict[str, Record]) -> None:
+def _check_contents(job: Job, target: Directory, records: dict[str, Record]) -> None:
     """The files have other times, as after a copy: read again what was read for the finished units."""
     units = {unit.name: unit for unit in job.units}
     for name, record in tqdm(records.items(), desc="checking the source", unit="matrix", leave=False):
@@ -181,7 +181,7 @@ def _differences(before: Any, now: Any, path: str = "") -> str:
     return f"{path} was {before!r} and is {now!r}"
 
 
-def _how_to_go_on(target: Target, records: dict[str, Record], what: str) -> str:
+def _how_to_go_on(target: Directory, records: dict[str, Record], what: str) -> str:
     return (
         f"{what} with {len(records)} of {len(target.units)} parts finished, which are kept in {target.folder}; run the "
         "same again to go on"
@@ -189,7 +189,7 @@ def _how_to_go_on(target: Target, records: dict[str, Record], what: str) -> str:
 
 
 def _with_progress(
-    job: Job, target: Target, pending: Sequence[int], workers: int, device: torch.device, progress: bool
+    job: Job, target: Directory, pending: Sequence[int], workers: int, device: torch.device, progress: bool
 ) -> Iterator[tuple[int, Record]]:
     """Units as they are finished; the bar counts their cost, so that its estimate holds for matrices of any size."""
     costs = [unit.cost for unit in job.units]

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from .directory import Record, Target
+from .directory import Directory, Record
 from .job import Job
 
 
 def do_units(
-    job: Job, target: Target, numbers: Sequence[int], workers: int, device: torch.device
+    job: Job, target: Directory, numbers: Sequence[int], workers: int, device: torch.device
 ) -> Iterator[tuple[int, Record]]:
     """Do units, and give each as it is finished.
 
@@ -76,7 +76,7 @@ def _stop(pool: ProcessPoolExecutor) -> None:
         process.join()
 
 
-_worker: tuple[Job, Target, torch.device] | None = None
+_worker: tuple[Job, Directory, torch.device] | None = None
 
 
 def _start(job: Job, folder: Path, threads: int, devices: Any) -> None:

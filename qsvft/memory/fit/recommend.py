@@ -19,7 +19,7 @@ from ...tuner.progress import progress_bars
 from ..cards import CONTEXT_BYTES, FRAGMENTATION, GIB, check_cards, fits, needed_bytes, unit_of
 from ..profiler import check_config, check_settings, longest_fitting, resolve
 from ..scenario import Scenario, one_line
-from ..shapes import empty_model
+from ..shapes import model_without_values
 from .ladder import Rung, ladder
 
 CARD_STEP = 10
@@ -139,7 +139,7 @@ def recommend(
     [card] = check_cards([card_gib])
     name, config = resolve(model_or_config)
     check_config(name, config)
-    empty = empty_model(config)
+    empty = model_without_values(config)
     _check_kind(model_or_config, empty)
     try:
         rungs = ladder(empty, fixed)

@@ -13,7 +13,7 @@ from qsvft.memory.cards import GIB, needed_bytes
 from qsvft.memory.fit.ladder import ladder
 from qsvft.memory.fit.options import card_size
 from qsvft.memory.scenario import count_step
-from qsvft.memory.shapes import empty_model
+from qsvft.memory.shapes import model_without_values
 from qsvft.tuner import QSVFTLinear
 
 TOKENS = 64
@@ -29,7 +29,7 @@ def llama(tmp_path_factory):
 def rungs(llama):
     """The settings for the small Llama, each with a card in GiB on which it is the best that fits."""
     config = load(llama).config
-    found = ladder(empty_model(config), {})
+    found = ladder(model_without_values(config), {})
     ledgers = [count_step(config, rung.method, 1, TOKENS, rung.checkpointing)[0] for rung in found]
     needed = [needed_bytes(ledger.peaks()["total"].nbytes) for ledger in ledgers]
     # Offloading does nothing for checkpoints this small, so that no card asks for it.

@@ -17,7 +17,7 @@ from qsvft.memory import parse_method
 from qsvft.memory.cards import GIB, fits, needed_bytes
 from qsvft.memory.fit.ladder import DEFAULTS, FIXABLE, RANKS, STEPS, ladder
 from qsvft.memory.scenario import Scenario
-from qsvft.memory.shapes import empty_model
+from qsvft.memory.shapes import model_without_values
 
 module = importlib.import_module("qsvft.memory.fit.recommend")  # the package's attribute is the function
 TOKENS = 1024  # a checkpoint of width 512 is then large enough to be offloaded
@@ -74,7 +74,7 @@ def made_up(monkeypatch, peak_of):
 
 @pytest.fixture(scope="module")
 def rungs():
-    return ladder(empty_model(CONFIG), {})
+    return ladder(model_without_values(CONFIG), {})
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,10 @@ def test_the_ladder_starts_at_the_best_and_ends_with_every_step_taken(rungs):
 
 
 def test_ranks_that_save_nothing_or_that_a_layer_does_not_have_are_left_out():
-    assert [rung.settings["rank"] for rung in ladder(empty_model(CONFIG), {})][-3:] == [256, 128, 64]
-    apart = ladder(empty_model(CONFIG), {"share_inputs": False})
+    assert [rung.settings["rank"] for rung in ladder(model_without_values(CONFIG), {})][-3:] == [256, 128, 64]
+    apart = ladder(model_without_values(CONFIG), {"share_inputs": False})
     assert {rung.settings["rank"] for rung in apart} == {None, 256, 128, 64}  # k and v have 256 directions
-    wide = ladder(empty_model(CONFIG), {"off_diagonals": 100})
+    wide = ladder(model_without_values(CONFIG), {"off_diagonals": 100})
     assert {rung.settings["rank"] for rung in wide} == {None, 256, 128}
     assert set(RANKS) > {256, 128, 64}
 
@@ -155,7 +155,7 @@ def test_the_defaults_are_those_of_prepare(model):
     ids=str,
 )
 def test_a_fixed_option_stays_as_it_is_on_every_rung(fixed):
-    rungs = ladder(empty_model(CONFIG), fixed)
+    rungs = ladder(model_without_values(CONFIG), fixed)
     for rung in rungs:
         assert {name: rung.settings[name] for name in fixed} == fixed
         assert not {step.option for step in rung.steps} & set(fixed)
@@ -174,8 +174,10 @@ def test_a_fixed_option_stays_as_it_is_on_every_rung(fixed):
 
 
 def test_offloading_keeps_checkpoints_and_so_needs_them():
-    assert ladder(empty_model(CONFIG), {"offload": True})[0].checkpointing
-    assert not any(rung.settings["offload"] for rung in ladder(empty_model(CONFIG), {"gradient_checkpointing": False}))
+    assert ladder(model_without_values(CONFIG), {"offload": True})[0].checkpointing
+    assert not any(
+        rung.settings["offload"] for rung in ladder(model_without_values(CONFIG), {"gradient_checkpointing": False})
+    )
 
 
 # --- the search -----------------------------------------------------------------------------------
