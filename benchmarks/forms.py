@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from qsvft.maths.basis import Basis
 from qsvft.maths.patterns import Pattern, banded
 from qsvft.maths.updates import bounded_inverse, sparse_update, two_sided_update
 from qsvft.storage.factors import make_bases, measured_scale
@@ -75,7 +76,7 @@ def measure(size: int, tokens: int, seed: int) -> list[dict[str, float | str]]:
 
         def run(dtype: torch.dtype, values: Tensor, scale: Tensor | None = scale) -> tuple[Tensor, Tensor]:
             values = values.clone().requires_grad_()
-            y = apply(x.to(dtype), W.to(dtype), U, V, scale, values, pattern)
+            y = apply(x.to(dtype), W.to(dtype), bases["U"], bases["V"], scale, values, pattern)
             (gradient,) = torch.autograd.grad(y, values, g.to(dtype))
             return y.detach(), gradient
 
@@ -87,7 +88,7 @@ def measure(size: int, tokens: int, seed: int) -> list[dict[str, float | str]]:
     return rows
 
 
-def apply(x: Tensor, W: Tensor, U: Tensor, V: Tensor, scale: Tensor | None, values: Tensor, pattern: Pattern) -> Tensor:
+def apply(x: Tensor, W: Tensor, U: Basis, V: Basis, scale: Tensor | None, values: Tensor, pattern: Pattern) -> Tensor:
     if scale is None:
         return two_sided_update(x @ W.T, x, U, V, values, pattern)
     return sparse_update(x, x, V, V, values, pattern, scale, "rows") @ W.T

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .basis import Basis, DenseBasis
+from .basis import Basis
 from .coefficients import ScaleSide
 from .patterns import Pattern
 
@@ -25,8 +25,8 @@ from .patterns import Pattern
 def sparse_update(
     base: Tensor,
     a: Tensor,
-    inward: Basis | Tensor,
-    outward: Basis | Tensor,
+    inward: Basis,
+    outward: Basis,
     values: Tensor,
     pattern: Pattern,
     scale: Tensor | None = None,
@@ -51,7 +51,6 @@ def sparse_update(
     if a.numel() == 0 or base.numel() == 0:
         # Keeps the graph, so that a step on an empty batch still has a backward.
         return base + (a.sum() * 0 + values.sum() * 0).to(base.dtype)
-    outward = _basis(outward)
     if h is None:
         h = coefficients_of(a, inward, pattern.rank)
     z = pattern.product(h, values, scale, scale_side)
@@ -61,18 +60,12 @@ def sparse_update(
     return base + outward.from_coefficients(z.new_zeros(1), z).view(base.shape).to(base.dtype)
 
 
-def coefficients_of(a: Tensor, basis: Basis | Tensor, rank: int) -> Tensor:
+def coefficients_of(a: Tensor, basis: Basis, rank: int) -> Tensor:
     """h: (..., n) gives (tokens, rank)."""
-    return _basis(basis).to_coefficients(a.reshape(-1, a.shape[-1]), rank)
+    return basis.to_coefficients(a.reshape(-1, a.shape[-1]), rank)
 
 
-def _basis(factor: Basis | Tensor) -> Basis:
-    return DenseBasis(factor) if isinstance(factor, Tensor) else factor
-
-
-def two_sided_update(
-    y: Tensor, x: Tensor, U: Basis | Tensor, V: Basis | Tensor, values: Tensor, pattern: Pattern
-) -> Tensor:
+def two_sided_update(y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern) -> Tensor:
     """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n."""
     return sparse_update(y, x, inward=V, outward=U, values=values, pattern=pattern)
 
@@ -80,7 +73,7 @@ def two_sided_update(
 def input_side_update(
     inner: Tensor,
     x: Tensor,
-    V: Basis | Tensor,
+    V: Basis,
     inverse_s: Tensor,
     values: Tensor,
     pattern: Pattern,
@@ -93,9 +86,7 @@ def input_side_update(
     return sparse_update(inner, x, V, V, values, pattern, inverse_s, "rows", h)
 
 
-def output_side_update(
-    y: Tensor, wx: Tensor, U: Basis | Tensor, inverse_s: Tensor, values: Tensor, pattern: Pattern
-) -> Tensor:
+def output_side_update(y: Tensor, wx: Tensor, U: Basis, inverse_s: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """y + U M S⁻¹ Uᵀ (W x). y = W x + bias and wx = W x are (..., m), U of R^m, inverse_s (k,)."""
     return sparse_update(y, wx, U, U, values, pattern, inverse_s, "columns")
 

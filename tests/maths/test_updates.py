@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dense_basis import DenseBasis
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -65,11 +66,11 @@ def make_problem(m: int, n: int, k: int, pattern: str, dtype: torch.dtype, lead:
 
 def ours(form: str, p: SimpleNamespace, x: Tensor, values: Tensor) -> Tensor:
     if form == "input":
-        return input_side_update(x, x, p.V, p.scale, values, p.pattern) @ p.W.T
+        return input_side_update(x, x, DenseBasis(p.V), p.scale, values, p.pattern) @ p.W.T
     y = x @ p.W.T
     if form == "output":
-        return output_side_update(y, y, p.U, p.scale, values, p.pattern)
-    return two_sided_update(y, x, p.U, p.V, values, p.pattern)
+        return output_side_update(y, y, DenseBasis(p.U), p.scale, values, p.pattern)
+    return two_sided_update(y, x, DenseBasis(p.U), DenseBasis(p.V), values, p.pattern)
 
 
 def naive(form: str, p: SimpleNamespace, x: Tensor, values: Tensor) -> Tensor:
@@ -214,8 +215,10 @@ def test_update_read_in_a_lower_dtype_is_added_in_the_dtype_of_the_base(pattern)
     p = make_problem(60, 40, 40, pattern, torch.float32)
     base, x = p.g.clone().requires_grad_(), p.x.bfloat16()
     values = p.values.clone().requires_grad_()
-    y = two_sided_update(base, x, p.U, p.V, values, p.pattern)
-    update = two_sided_update(torch.zeros_like(base, dtype=torch.bfloat16), x, p.U, p.V, values, p.pattern)
+    y = two_sided_update(base, x, DenseBasis(p.U), DenseBasis(p.V), values, p.pattern)
+    update = two_sided_update(
+        torch.zeros_like(base, dtype=torch.bfloat16), x, DenseBasis(p.U), DenseBasis(p.V), values, p.pattern
+    )
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, base + update.float())
     y.sum().backward()
@@ -312,11 +315,11 @@ def test_autograd_keeps_h_in_the_compute_dtype_and_nothing_else_that_is_new(form
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         if form == "input":
-            input_side_update(x, x, p.V, p.scale, values, p.pattern)
+            input_side_update(x, x, DenseBasis(p.V), p.scale, values, p.pattern)
         elif form == "output":
-            output_side_update(y, y, p.U, p.scale, values, p.pattern)
+            output_side_update(y, y, DenseBasis(p.U), p.scale, values, p.pattern)
         else:
-            two_sided_update(y, x, p.U, p.V, values, p.pattern)
+            two_sided_update(y, x, DenseBasis(p.U), DenseBasis(p.V), values, p.pattern)
 
     held = [p.U, p.V, p.scale, values, *p.pattern.buffers()]
     new = [t for t in kept if all(t.data_ptr() != other.data_ptr() for other in held)]
@@ -352,6 +355,6 @@ def test_forms_are_one_map_with_its_factors_exchanged():
     """Reading with V and writing with U on a weight is reading with U and writing with V on its transpose."""
     p = make_problem(30, 20, 20, "banded", torch.float64)
     M_transposed = p.pattern.dense(p.values).T[p.pattern.indices()]
-    forward = sparse_update(torch.zeros_like(p.g), p.x, p.V, p.U, p.values, p.pattern)
-    backward = sparse_update(torch.zeros_like(p.x), p.g, p.U, p.V, M_transposed, p.pattern)
+    forward = sparse_update(torch.zeros_like(p.g), p.x, DenseBasis(p.V), DenseBasis(p.U), p.values, p.pattern)
+    backward = sparse_update(torch.zeros_like(p.x), p.g, DenseBasis(p.U), DenseBasis(p.V), M_transposed, p.pattern)
     torch.testing.assert_close((forward * p.g).sum(), (backward * p.x).sum())
