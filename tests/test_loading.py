@@ -12,7 +12,14 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_models import coefficients, load, logits, randomize, same_tensors, save_llama, state, tokens
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import qsvft
 
@@ -379,6 +386,12 @@ def test_half_a_directory_is_no_model(changeable):
     (changeable / "model.safetensors.index.json").unlink()
     with pytest.raises((OSError, ValueError)):
         loaded(changeable)
+
+
+def test_a_state_dict_without_its_directory_is_refused(folder):
+    config = AutoConfig.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"found a state dict, expected the files of a prepared directory"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
 
 
 # --- one result everywhere ------------------------------------------------------------------------

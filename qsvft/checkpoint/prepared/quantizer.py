@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
-from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ...storage.factor_files import FactorFiles
@@ -128,22 +126,19 @@ class PreparedQuantizer(HfQuantizer):
                 "quantization_config: PreparedConfig describes a directory that qsvft prepared, found another model. "
                 "Make one with qsvft.prepare_checkpoint(source, target), or load it with qsvft.from_pretrained(source)."
             )
-        if quantization_config.bits != 16 and transformers.__version__.startswith("4."):
-            # Its loader asks by this name whether "weight.absmax" may be no parameter.
-            quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         """The dtype of what is not quantised: what was asked for, or that of the weights before."""
         return self.quantization_config.bnb_4bit_compute_dtype if dtype is None else dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        self._stored = TensorFiles.from_folder(_folder(model, kwargs.get("checkpoint_files"))).paths
+        self._stored = TensorFiles.from_folder(_folder(model.name_or_path, kwargs.get("checkpoint_files"))).paths
         # Another class may have linear layers that the directory does not: a fresh head is no layer of 4 bits.
         self.quantization_config.llm_int8_skip_modules = [
             name for name in linear_names(model) if not self._is_quantised(model, name)
         ]
         result = super()._process_model_before_weight_loading(model, **kwargs)
-        ignored = model._keys_to_ignore_on_load_unexpected  # a set in transformers 5, a list or None before
+        ignored = model._keys_to_ignore_on_load_unexpected  # a set; a list or None in the first releases of 5
         model._keys_to_ignore_on_load_unexpected = (
             {*ignored, _IGNORED} if isinstance(ignored, set) else [*(ignored or ()), _IGNORED]
         )
@@ -191,16 +186,14 @@ class _AsItIs(PreparedQuantizer):
 _BY_BITS = {4: _NF4, 8: _Int8, 16: _AsItIs}
 
 
-def _folder(model: PreTrainedModel, files: Sequence[str] | None) -> Path:
+def _folder(name: str, files: Sequence[str] | None) -> Path:
     """The directory that a model is loaded from, or the snapshot of its hub id."""
-    if files:
-        return Path(files[0]).parent
-    name, commit = model.name_or_path, getattr(model.config, "_commit_hash", None)  # transformers 4 does not say
-    where = {"local_files_only": True, "_commit_hash": commit, "_raise_exceptions_for_missing_entries": False}
-    for known in (SINGLE_NAME, INDEX_NAME):
-        if (found := cached_file(name, known, **where)) is not None:
-            return Path(found).parent
-    raise ValueError(f"{name}: found neither {SINGLE_NAME} nor {INDEX_NAME}, expected one of them")
+    if not files:
+        raise ValueError(
+            f"{name or 'the model'}: found a state dict, expected the files of a prepared directory, {SINGLE_NAME} or "
+            f"{INDEX_NAME}: the factors are beside the weights. Load it by its path: from_pretrained(directory)."
+        )
+    return Path(files[0]).parent
 
 
 def _settle(model: PreTrainedModel, config: PreparedConfig) -> None:
@@ -217,7 +210,7 @@ def _settle(model: PreTrainedModel, config: PreparedConfig) -> None:
 
 
 def _keep_names(model: PreTrainedModel) -> None:
-    """Save every tensor by its name in the model: transformers 5 would take back the conversions of its loading."""
+    """Save every tensor by its name in the model: transformers would take back the conversions of its loading."""
     vars(model)["_weight_conversions"] = []
 
 

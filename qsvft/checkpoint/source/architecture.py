@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .checkpoint import Checkpoint
 from .index import CONFIG
@@ -101,24 +100,16 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Pre
         if (part := getattr(config, key, None)) is not None:
             part.dtype = dtype
     try:
-        with torch.device("meta"), _no_initial_values():
+        with torch.device("meta"):
             model = cls._from_config(config, dtype=chosen)
     except Exception as error:
         raise ValueError(
             f"{checkpoint.folder / CONFIG}: transformers cannot build {cls.__name__} of it ({_first_line(error)}). "
             "Expected a config that belongs to the checkpoint: copy or download it again."
         ) from error
-    if not hasattr(model, "all_tied_weights_keys"):  # transformers 5 has tied them
-        model.tie_weights()
     _keep_in_fp32(model, chosen)
     model.config.name_or_path = checkpoint.name
     return model.requires_grad_(False).eval()
-
-
-def _no_initial_values() -> AbstractContextManager[Any]:
-    """transformers 4 runs its initialisation on meta as well, and some of it changes dtypes; loading does without."""
-    without: Callable[[], AbstractContextManager[Any]] = getattr(modeling_utils, "no_init_weights", nullcontext)
-    return without()
 
 
 def _own_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

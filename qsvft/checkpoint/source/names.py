@@ -30,8 +30,7 @@ def pieces_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
     Args:
         checkpoint: its keys, shapes and dtypes are looked at. Values are read of weights alone that the config ties
             and the checkpoint has twice.
-        model: of :func:`empty_model`. Tied weights of which the checkpoint has two that differ are untied in it, if
-            the installed transformers does so.
+        model: of :func:`empty_model`. Tied weights of which the checkpoint has two that differ are untied in it.
 
     Raises:
         ValueError: parameters or buffers that no key gives and that are not tied to one that is given; two keys for
@@ -179,7 +178,7 @@ def _check_missing(checkpoint: Checkpoint, model: PreTrainedModel, missing: Sequ
 def _unknown(model: PreTrainedModel, names: Mapping[str, str]) -> list[str]:
     """Keys that the model has no use for, without those of which ``from_pretrained`` keeps silent."""
     buffers = {name for name, _ in model.named_buffers()}
-    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ())]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
         patterns.append(r"rotary_emb\.inv_freq")
     if any(name.endswith("position_ids") for name in buffers):

@@ -1,20 +1,20 @@
 """Checkpoint keys to a model's names, by the installed transformers' own rules.
 
-transformers 5 has a table of renames and conversions per model; 4.57 has renames on the class. Both add or take
-away the prefix of the base model. Whatever is not found there falls back to names as they are and the prefix rule.
+transformers has a table of renames and conversions per model, and adds or takes away the prefix of the base model.
+Where the table is not as it was, names are taken as they are, with the same rule of the prefix.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from importlib import import_module
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
 
 
 def _table_modules() -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ def rename_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Rename
     """
     if core is not None:
         return _by_table(model, sorted(keys, key=core.dot_natural_key))
-    return _by_class(model, sorted(keys, key=natural_key))
+    return _by_prefix(model, sorted(keys, key=natural_key))
 
 
 def convert(
@@ -131,26 +131,13 @@ def _by_table(model: PreTrainedModel, ordered: Sequence[str]) -> dict[str, Renam
     return found
 
 
-def _by_class(model: PreTrainedModel, ordered: Sequence[str]) -> dict[str, Renamed]:
+def _by_prefix(model: PreTrainedModel, ordered: Sequence[str]) -> dict[str, Renamed]:
     prefix = model.base_model_prefix
     has_prefix = bool(prefix) and any(key.startswith(prefix) for key in ordered)
     expects_prefix = bool(prefix) and hasattr(model, prefix)
-    base_of_task, task_of_base = has_prefix and not expects_prefix, not has_prefix and expects_prefix
-    method: Callable[..., dict[str, str]] | None = getattr(model, "_get_key_renaming_mapping", None)
-    if method is None:
-        names = {key: key for key in ordered}
-        if base_of_task:
-            names = {key: key.removeprefix(f"{prefix}.") for key in ordered}
-        elif task_of_base:
-            names = {key: f"{prefix}.{key}" for key in ordered}
-    else:
-        names = method(list(ordered), _class_renames(type(model)), base_of_task, task_of_base)
-    return {key: Renamed(names.get(key, key), None) for key in ordered}
-
-
-def _class_renames(cls: type[PreTrainedModel]) -> dict[str, str] | None:
-    """The renames of a class, which transformers 4 applies to vision-language models alone."""
-    kinds: Sequence[str] = getattr(modeling_utils, "VLMS", ())
-    if any(kind in parent.__name__.lower() for parent in cls.__mro__[:-1] for kind in kinds):
-        return getattr(cls, "_checkpoint_conversion_mapping", None)
-    return None
+    names = {key: key for key in ordered}
+    if has_prefix and not expects_prefix:
+        names = {key: key.removeprefix(f"{prefix}.") for key in ordered}
+    elif expects_prefix and not has_prefix:
+        names = {key: f"{prefix}.{key}" for key in ordered}
+    return {key: Renamed(name, None) for key, name in names.items()}

@@ -22,16 +22,14 @@ def holders(model: nn.Module) -> dict[str, str]:
 
 
 def untie_what_differs(checkpoint: Checkpoint, model: PreTrainedModel, keys: Mapping[str, str]) -> None:
-    """Untie weights that a model ties and of which its checkpoint has two that differ, as transformers 5 does.
-
-    transformers 4 takes the embeddings' weight for both; there nothing is untied.
+    """Untie weights that a model ties and of which its checkpoint has two that differ, as transformers does.
 
     Args:
         checkpoint: where they are compared.
         model: on the meta device, changed in place.
         keys: by name in the state dict, the key that gives it.
     """
-    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    pairs: dict[str, str] = model.all_tied_weights_keys
     for name, other in list(pairs.items()):
         if name in keys and other in keys and not _same(checkpoint, keys[name], keys[other], model.get_parameter(name)):
             parent, _, leaf = name.rpartition(".")

@@ -36,7 +36,6 @@ from qsvft.checkpoint.source.checkpoint import open_checkpoint
 from qsvft.checkpoint.source.names import empty_model, pieces_of, read_piece
 from qsvft.checkpoint.source.tied import holders
 
-FIVE = int(transformers.__version__.split(".")[0]) >= 5
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -179,7 +178,7 @@ def test_mixtral_whose_experts_are_put_together(tmp_path, dtype, size):
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in open_checkpoint(tmp_path).entries
     names, _ = check_as_loaded(tmp_path, AutoModelForCausalLM, dtype)
     fused = [piece for piece in names.pieces if piece.conversion is not None]
-    assert sorted(len(piece.sources) for piece in fused) == ([3, 3, 6, 6] if FIVE else [])
+    assert sorted(len(piece.sources) for piece in fused) == [3, 3, 6, 6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -207,13 +206,11 @@ def test_without_transformers_tables_names_are_taken_as_they_are(tmp_path, llama
         expected, names, _ = gathered(folder)
         with monkeypatch.context() as without:
             without.setattr(renames, "core", None)
-            without.setattr(transformers.PreTrainedModel, "_get_key_renaming_mapping", None, raising=False)
             found, names_without, _ = gathered(folder)
         assert same_tensors(found, expected)
         assert sorted(names_without.unknown) == sorted(names.unknown)
 
 
-@pytest.mark.skipif(not FIVE, reason="the experts of transformers 4 are named as they are stored")
 def test_without_transformers_tables_other_names_are_refused(tmp_path, monkeypatch):
     saved(tmp_path, MixtralForCausalLM(MixtralConfig(**SIZES, **EXPERTS)))
     monkeypatch.setattr(renames, "core", None)
@@ -240,14 +237,8 @@ def twice_with_other_values(tensors):
 def test_tied_weights_are_read_once_whatever_key_gives_them(tmp_path, change):
     folder = save_llama(tmp_path, tie_word_embeddings=True)
     change_tensors(folder, change)
-    if FIVE or change is not only_head:
-        names, same = check_as_loaded(folder, AutoModelForCausalLM)
-    else:  # transformers 4 loads no values at all for these
-        tensors, names, model = gathered(folder)
-        same = tied(model)
-        stored = load_file(folder / "model.safetensors")["lm_head.weight"]
-        assert torch.equal(tensors["model.embed_tokens.weight"], stored)
-    apart = FIVE and change is twice_with_other_values
+    names, same = check_as_loaded(folder, AutoModelForCausalLM)
+    apart = change is twice_with_other_values
     assert bool(same) is not apart
     read = [
         key for piece in names.pieces for key in piece.sources if key in ("lm_head.weight", "model.embed_tokens.weight")
@@ -264,7 +255,7 @@ def test_weights_that_are_equal_once_cast_are_tied(tmp_path):
 
     change_tensors(folder, change)
     assert check_as_loaded(folder, AutoModelForCausalLM, torch.bfloat16)[1]
-    assert bool(check_as_loaded(folder, AutoModelForCausalLM, torch.float32)[1]) is not FIVE
+    assert not check_as_loaded(folder, AutoModelForCausalLM, torch.float32)[1]
 
 
 # --- pieces ---------------------------------------------------------------------------------------
@@ -333,8 +324,7 @@ def test_a_missing_expert_is_named(tmp_path):
     saved(tmp_path, MixtralForCausalLM(MixtralConfig(**SIZES, **EXPERTS)))
     change_tensors(tmp_path, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.1.w2.weight"))
     found = "found shape (2, 64, 96) for model.layers.1.mlp.experts.down_proj"
-    missing = "no weights for 'model.layers.1.block_sparse_moe.experts.1.w2.weight'"
-    with pytest.raises(ValueError, match=re.escape(found if FIVE else missing)):
+    with pytest.raises(ValueError, match=re.escape(found)):
         gathered(tmp_path)
 
 
