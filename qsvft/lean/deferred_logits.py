@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..maths.autocast import linear_dtype
 from .cross_entropy import Head, LogitStep, Rows
@@ -152,8 +151,7 @@ class DeferredLogits:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
-        args, kwargs = tree_map(true_logits, (tuple(args), kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*_all_true(tuple(args)), **_all_true(kwargs or {}))
 
     def __repr__(self) -> str:
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -164,9 +162,18 @@ def true_logits(value: Any) -> Any:
     return value.true() if isinstance(value, DeferredLogits) else value
 
 
+def _all_true(value: Any) -> Any:
+    """As :func:`true_logits`, in tuples, lists and dicts too."""
+    if type(value) in (tuple, list):
+        return type(value)(_all_true(each) for each in value)
+    if type(value) is dict:
+        return {key: _all_true(each) for key, each in value.items()}
+    return true_logits(value)
+
+
 def _of_the_true_logits(name: str) -> Callable[..., Any]:
     def method(self: DeferredLogits, *args: Any) -> Any:
-        return getattr(self.true(), name)(*tree_map(true_logits, args))
+        return getattr(self.true(), name)(*_all_true(args))
 
     return method
 

@@ -118,7 +118,7 @@ class _Packer:
     def __init__(self, module: nn.Module, min_bytes: int) -> None:
         self.min_bytes = min_bytes
         # Storages: what a product keeps of a weight is a view of it.
-        self.held = {t.untyped_storage()._cdata for t in chain(module.parameters(), module.buffers())}
+        self.held = {id(t.untyped_storage()) for t in chain(module.parameters(), module.buffers())}
 
     def __call__(self, tensor: Tensor) -> Tensor | _Away:
         return _Away(tensor) if self._travels(tensor) else tensor
@@ -130,7 +130,7 @@ class _Packer:
             return False
         storage = tensor.untyped_storage()
         # A view of something larger would free nothing by going.
-        return storage.nbytes() == tensor.nbytes and _fills_its_memory(tensor) and storage._cdata not in self.held
+        return storage.nbytes() == tensor.nbytes and _fills_its_memory(tensor) and id(storage) not in self.held
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:

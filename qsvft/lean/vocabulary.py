@@ -260,11 +260,11 @@ def _groups(model: nn.Module, bits: int, skip: Sequence[str]) -> list[Members]:
 
 def _sharing(model: nn.Module, module: nn.Module) -> Members:
     """The modules that hold the same weight as this one, which is among them, with their names."""
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     return [
         (name, one)
         for name, one in model.named_modules()
-        if one is module or (weight is not None and any(p is weight for p in one._parameters.values()))
+        if one is module or (weight is not None and any(p is weight for p in one.parameters(recurse=False)))
     ]
 
 

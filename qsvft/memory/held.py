@@ -48,7 +48,7 @@ def held(model: nn.Module) -> Iterator[Held]:
     """Every tensor that can be reached from a model, each storage once."""
     seen: set[int] = set()
     for item in chain(_registered(model), _gradients(model), _unregistered(model)):
-        key = item.tensor.untyped_storage()._cdata
+        key = id(item.tensor.untyped_storage())
         if key not in seen:
             seen.add(key)
             yield item

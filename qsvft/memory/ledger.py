@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 GRANULARITY = 512
 
@@ -99,21 +100,24 @@ class Ledger(TorchDispatchMode):
             with self:
                 return expansion(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self._enter(out, None)
-        else:
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor):
-                    self._enter(leaf, None)
+        self._enter_all(out)
         return out
 
     def register(self, tensor: Tensor, category: str) -> None:
         """Enter a tensor that exists already, or move its storage to another category."""
         self._enter(tensor, category)
 
+    def _enter_all(self, out: Any) -> None:
+        """Enter what an operation gives: a tensor, or a list or tuple with tensors in it."""
+        if isinstance(out, Tensor):
+            self._enter(out, None)
+        elif isinstance(out, list | tuple):
+            for each in out:
+                self._enter_all(each)
+
     def _enter(self, tensor: Tensor, category: str | None) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # torch keeps one object for a storage, as long as the storage lives
         known = self._live.get(key)
         if known is not None:
             if category is not None:
@@ -228,11 +232,11 @@ def _gemm_4bit(
 ) -> Tensor:
     """bitsandbytes' 4-bit product for many tokens: dequantise the whole weight, then multiply."""
     if absmax_8bit is not None:
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32)
+        absmax = bnb.functional.dequantize_blockwise(absmax_8bit, absmax=absmax, code=absmax_code, blocksize=256)
         assert absmax_offset is not None
         absmax = absmax + absmax_offset
-    weight = torch.ops.bitsandbytes.dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype)
-    return torch.nn.functional.linear(A, weight, bias)
+    state = QuantState(absmax=absmax, shape=shapeB, blocksize=blocksize, quant_type=quant_type, dtype=A.dtype)
+    return torch.nn.functional.linear(A, bnb.functional.dequantize_4bit(B, state), bias)
 
 
 # bitsandbytes before 0.50 has no such operation: there the parts are seen as they are.

@@ -226,7 +226,7 @@ def resolve(model_or_config: object) -> tuple[str, PretrainedConfig]:
             f"model: expected a config, a transformers model, a preset's name, a directory or a hub id, got "
             f"{type(model_or_config).__name__}"
         )
-    return str(config._name_or_path or config.model_type), _without_quantization(copy.deepcopy(config))
+    return str(config.name_or_path or config.model_type), _without_quantization(copy.deepcopy(config))
 
 
 def _read(name: str) -> PretrainedConfig:

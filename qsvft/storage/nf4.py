@@ -74,6 +74,25 @@ def nf4_codes(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return torch.cat(codes), torch.cat(maxima)
 
 
+def dense_codes(codes: Tensor, absmax: Tensor, block: int, dtype: torch.dtype, kind: str = "nf4") -> Tensor:
+    """The numbers that codes stand for, as bitsandbytes gives them.
+
+    Args:
+        codes: (rows, columns / 2) uint8, two a byte, the first in the upper four bits.
+        absmax: the blocks' absolute maxima, fp32.
+        block: elements that share one.
+        dtype: of the result, bf16, fp16 or fp32.
+        kind: "nf4" or "fp4".
+
+    Returns:
+        (rows, columns).
+    """
+    shape = torch.Size((codes.shape[0], 2 * codes.shape[1]))
+    state = QuantState(absmax=absmax.reshape(-1), shape=shape, blocksize=block, quant_type=kind, dtype=dtype)
+    values: Tensor = bnb.functional.dequantize_4bit(codes.reshape(-1, 1), state)
+    return values
+
+
 def _quantized(stretch: Tensor, block: int) -> tuple[Tensor, Tensor]:
     if stretch.numel() % block or stretch.device.type != "cpu":
         packed, state = bnb.functional.quantize_4bit(stretch, blocksize=block, quant_type="nf4")

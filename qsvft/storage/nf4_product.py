@@ -16,6 +16,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
+from .nf4 import dense_codes
 from .stored_matrix import SLICE_BYTES, slices
 
 LEAST_TOKENS = 128
@@ -86,17 +87,10 @@ def block_maxima(state: QuantState) -> Tensor:
     """The absolute maximum of each block, fp32, double quantisation undone."""
     if not state.nested:
         return state.absmax
-    nested = state.state2
-    maxima: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-        state.absmax, nested.absmax, nested.code, nested.blocksize, torch.float32
-    )
+    maxima: Tensor = bnb.functional.dequantize_blockwise(state.absmax, state.state2)
     return maxima + state.offset
 
 
 def _dense(codes: Tensor, absmax: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     """As bitsandbytes does it: dequantised to the weight's dtype, then to the activation's."""
-    shape = [codes.shape[0], 2 * codes.shape[1]]
-    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.reshape(-1, 1), absmax.reshape(-1), state.blocksize, state.quant_type, shape, state.dtype
-    )
-    return values.to(dtype)
+    return dense_codes(codes, absmax, state.blocksize, state.dtype, state.quant_type).to(dtype)

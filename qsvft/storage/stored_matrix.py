@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .nf4 import nf4_codes
+from .nf4 import dense_codes, nf4_codes
 
 STORED_BITS = (16, 8, 4)
 STORED_DTYPE = torch.bfloat16
@@ -102,11 +102,7 @@ def _int8_values(codes: Tensor, scales: Tensor) -> Tensor:
 
 def _nf4_values(codes: Tensor, maxima: Tensor, scales: Tensor) -> Tensor:
     absmax = maxima.to(torch.float32).mul_(scales / 255)
-    shape = [codes.shape[0], 2 * codes.shape[1]]
-    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.view(-1, 1), absmax.view(-1), BLOCKS[4], "nf4", shape, STORED_DTYPE
-    )
-    return values
+    return dense_codes(codes, absmax, BLOCKS[4], STORED_DTYPE)
 
 
 class StoredMatrix(nn.Module):
@@ -170,7 +166,7 @@ class StoredMatrix(nn.Module):
         return sum(part.numel() * part.element_size() for part in self._held())
 
     def _held(self) -> Parts:
-        return tuple(part for part in self._buffers.values() if part is not None)
+        return tuple(self.buffers(recurse=False))
 
     def _apply(self, fn: Any, recurse: bool = True) -> StoredMatrix:
         """Move with the model, but keep dtypes: a cast of the scales would be another matrix."""

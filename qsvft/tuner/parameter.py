@@ -18,7 +18,7 @@ class Float32Parameter(nn.Parameter):
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True, **_: Any) -> Float32Parameter:
         data = torch.empty(0) if data is None else data.detach().to(torch.float32)
-        return torch.Tensor._make_subclass(cls, data, requires_grad)
+        return super().__new__(cls, data, requires_grad)
 
     @property
     def data(self) -> Tensor:
