@@ -1,6 +1,9 @@
-# Two commands set everything up: `make demo` and `make test`. The environment lives in .venv.
+# Two commands set everything up: `make demo` and `make test`. The environment lives in .venv; for another Python:
+#     make test PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
+FLOOR_PYTHON ?= python3.10
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # Waiting CPU threads sleep instead of spinning: much faster on a busy machine.
@@ -8,45 +11,55 @@ export OMP_WAIT_POLICY := PASSIVE
 # mkdocs-material's notice about a release of MkDocs that constraints.txt does not take.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types unit memory memory-update docs pictures mutants clean
+.PHONY: demo test lint types unit memory memory-update docs pictures mutants test-floor clean
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python examples/finetune.py
 
 test: lint types unit memory docs
 
-lint: .venv/installed
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/installed
+types: $(VENV)/installed
 	$(BIN)/mypy
 
-unit: .venv/installed
+unit: $(VENV)/installed
 	$(BIN)/pytest
 
-memory: .venv/installed
+memory: $(VENV)/installed
 	$(BIN)/python -W ignore benchmarks/memory/gate.py
 
-memory-update: .venv/installed
+memory-update: $(VENV)/installed
 	$(BIN)/python -W ignore benchmarks/memory/gate.py --update
 
-docs: .venv/installed
+docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
 
-pictures: .venv/installed
+pictures: $(VENV)/installed
 	$(BIN)/python -W ignore docs/pictures/data_path.py
 	$(BIN)/python -W ignore docs/pictures/house.py
 	$(BIN)/python -W ignore docs/option_table.py
 
-mutants: .venv/installed
+mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+# The suite on the lowest versions that pyproject.toml declares. What is about the sources and not about versions
+# (the plan of the code, the docs) is left to `make test`.
+test-floor: .venv-floor/installed
+	.venv-floor/bin/python -m pytest --ignore tests/test_house.py --ignore tests/docs --ignore tests/test_private_names.py
+
+.venv-floor/installed: pyproject.toml constraints-floor.txt
+	$(FLOOR_PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-floor.txt --editable ".[test]"
+	touch $@
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,dev,docs]"
 	touch $@
 
 clean:
-	rm -rf .venv site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
