@@ -248,6 +248,13 @@ MUTANTS = (
         ("maths/test_subspace.py",),
     ),
     Mutant(
+        "the fixed start is kept on the device",
+        "maths/subspace.py",
+        'dtype=torch.int64, device="cpu").unsqueeze(1)',
+        "dtype=torch.int64).unsqueeze(1)",
+        ("maths/test_subspace.py",),
+    ),
+    Mutant(
         "blocks made orthogonal once",
         "maths/subspace.py",
         "for _ in range(2):",
@@ -570,6 +577,13 @@ MUTANTS = (
         ("lean/test_offload.py",),
     ),
     Mutant(
+        "offloaded to the default device",
+        "lean/offload.py",
+        'device="cpu", pin_memory=self.pinned',
+        "pin_memory=self.pinned",
+        ("lean/test_offload.py",),
+    ),
+    Mutant(
         "offloading stays on after an error",
         "lean/offload.py",
         "_leave, always_call=True)",
@@ -686,6 +700,13 @@ MUTANTS = (
         "storage/nf4.py",
         "absmax.double().mean().float()",
         "absmax.mean()",
+        ("storage/test_nf4.py",),
+    ),
+    Mutant(
+        "a card quantises in a CPU's stretches",
+        "storage/nf4.py",
+        "_LAUNCH = 2**30",
+        "_LAUNCH = 2**18",
         ("storage/test_nf4.py",),
     ),
     Mutant(
