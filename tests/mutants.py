@@ -353,6 +353,13 @@ MUTANTS = (
         ("tuner/test_parameter.py",),
     ),
     Mutant(
+        "the probe's noise is computed on the default device",
+        "tuner/probe.py",
+        'dtype=torch.float64, device="cpu")',
+        "dtype=torch.float64)",
+        ("tuner/test_probe.py",),
+    ),
+    Mutant(
         "probe accepts everything",
         "tuner/probe.py",
         "TOLERANCE = 1e-2",
