@@ -248,6 +248,13 @@ MUTANTS = (
         ("maths/test_subspace.py",),
     ),
     Mutant(
+        "the fixed start is kept on the device",
+        "maths/subspace.py",
+        'dtype=torch.int64, device="cpu").unsqueeze(1)',
+        "dtype=torch.int64).unsqueeze(1)",
+        ("maths/test_subspace.py",),
+    ),
+    Mutant(
         "blocks made orthogonal once",
         "maths/subspace.py",
         "for _ in range(2):",
@@ -344,6 +351,13 @@ MUTANTS = (
         "if torch.equal(moved.to(value.dtype), value):",
         "if moved.shape == value.shape:",
         ("tuner/test_parameter.py",),
+    ),
+    Mutant(
+        "the probe's noise is computed on the default device",
+        "tuner/probe.py",
+        'dtype=torch.float64, device="cpu")',
+        "dtype=torch.float64)",
+        ("tuner/test_probe.py",),
     ),
     Mutant(
         "probe accepts everything",
@@ -570,6 +584,13 @@ MUTANTS = (
         ("lean/test_offload.py",),
     ),
     Mutant(
+        "offloaded to the default device",
+        "lean/offload.py",
+        'device="cpu", pin_memory=self.pinned',
+        "pin_memory=self.pinned",
+        ("lean/test_offload.py",),
+    ),
+    Mutant(
         "offloading stays on after an error",
         "lean/offload.py",
         "_leave, always_call=True)",
@@ -686,6 +707,13 @@ MUTANTS = (
         "storage/nf4.py",
         "absmax.double().mean().float()",
         "absmax.mean()",
+        ("storage/test_nf4.py",),
+    ),
+    Mutant(
+        "a card quantises in a CPU's stretches",
+        "storage/nf4.py",
+        "_LAUNCH = 2**30",
+        "_LAUNCH = 2**18",
         ("storage/test_nf4.py",),
     ),
     Mutant(

@@ -1,18 +1,21 @@
 """pytest with a row for every finished test.
 
-    python recorder.py ROWS.jsonl cpu|cuda PYTEST_ARGUMENTS...
+    python recorder.py FOLDER RUN_AS_JSON PYTEST_ARGUMENTS...
 
-Tests that need CUDA come first. One that has passed or been skipped in the present state of the code is
-not run again, so that a run cut off by its time limit goes on where it was.
+One that has its row in the present state of the code is not run again, so that a run cut off by its time limit goes
+on where it was.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
-from results import FAILED, Rows, Run, machine
+from results import FAILED, Rows, Run
+
+STAGE = "tests"
 
 
 class Recorder:
@@ -23,31 +26,35 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        done = [item for item in items if self.rows.done(item.nodeid)]
+        done = [item for item in items if self.rows.done(_case(item.nodeid))]
         if done:
             config.hook.pytest_deselected(items=done)
-        items[:] = [item for item in items if not self.rows.done(item.nodeid)]
-        items.sort(key=lambda item: item.get_closest_marker("cuda") is None)
+        items[:] = [item for item in items if not self.rows.done(_case(item.nodeid))]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        case = _case(report.nodeid)
         if report.failed:
-            self.rows.append(report.nodeid, FAILED, reason=_last_line(report.longreprtext), when="collection")
-        elif self.rows.find(report.nodeid) is not None:
-            self.rows.append(report.nodeid, "collected", when="collection")  # it could not be before
+            self.rows.append(STAGE, case, FAILED, reason=_last_line(report.longreprtext), when="collection")
+        elif self.rows.find(case) is not None:
+            self.rows.append(STAGE, case, "collected", when="collection")  # it could not be before
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One row a test: at its call, or where setting up skipped or failed it, or where tearing down failed."""
         if report.when != "call" and report.passed:
             return
-        values: dict[str, object] = {"seconds": round(report.duration, 3), "when": report.when}
+        case, values = _case(report.nodeid), {"seconds": round(report.duration, 3), "when": report.when}
         if report.skipped:
             # (file, line, reason), but for an expected failure
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"
-            self.rows.append(report.nodeid, "skipped", reason=reason, **values)
+            self.rows.append(STAGE, case, "skipped", reason=reason, **values)
         elif report.failed:
-            self.rows.append(report.nodeid, FAILED, reason=_last_line(report.longreprtext), **values)
+            self.rows.append(STAGE, case, FAILED, reason=_last_line(report.longreprtext), **values)
         else:
-            self.rows.append(report.nodeid, "passed", **values)
+            self.rows.append(STAGE, case, "passed", **values)
+
+
+def _case(nodeid: str) -> str:
+    return f"{STAGE} | {nodeid}"
 
 
 def _last_line(text: str) -> str:
@@ -57,11 +64,10 @@ def _last_line(text: str) -> str:
 
 
 def main() -> int:
-    path, kind, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
-    run = Run.begin(machine(kind), rehearsal=kind == "cpu")
+    folder, run, arguments = Path(sys.argv[1]), Run(**json.loads(sys.argv[2])), sys.argv[3:]
     # Verbose, so that the log's last line names the test that a time limit stopped.
     options = ["-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    return int(pytest.main([*options, *arguments], plugins=[Recorder(Rows(path, run))]))
+    return int(pytest.main([*options, *arguments], plugins=[Recorder(Rows(folder, run))]))
 
 
 if __name__ == "__main__":

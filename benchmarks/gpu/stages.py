@@ -1,364 +1,170 @@
-"""The stages: tests, memory, speed, decomposition. Called by run.sh, which prepares the environment.
+"""One process of the command: the stages in their order, each for its seconds. Started by card.py.
 
-Every finished case is a row on the disk before the next one begins; a case that has its row is skipped.
-A stage stops by itself before its nine minutes are over, and the same command goes on from there.
-
-Exit status: 0 all cases have a result, 1 something failed, 2 cannot run here, 3 time was up.
+Exit status: 0 every case has a row that is no failure, 2 it cannot run here, 3 time was up, 4 something failed,
+75 the CUDA context was lost. Any other means that the process died.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import os
-import signal
-import subprocess
+import gc
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from results import FAILED, ROOT, Rows, Run, machine, safe_name
+import torch
+import transformers
+from cases import BUDGETS, FULL, PATIENCE, REHEARSAL, searches_of, steps_of
+from predictions import Predictions
+from results import FAILED, LOST, RAN, Rows, Run, machine
+from steps import Card, Rehearsal
+from suite import ContextLost, OutOfTime, Suite, say, side_jobs
 
-if TYPE_CHECKING:
-    from cases import Plan
-    from predictions import Predictions
-    from steps import Card, Rehearsal
+OK, CANNOT_RUN, UNFINISHED, FAILURES, AGAIN = 0, 2, 3, 4, 75
+LEAST_S = 5.0
+"""A stage is not begun with less than this left."""
+WAIT_S = 15.0
+"""How long the end waits for predictions that are still being counted; they can be counted anywhere later."""
 
-STAGES = ("tests", "memory", "speed", "decomposition")
-NEEDED = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors", "typer", "rich", "psutil")
-SOFT_LIMIT_S, HARD_LIMIT_S = 480, 530
-HEADROOM = 1.08
-OK, FAILURES, CANNOT_RUN, UNFINISHED = 0, 1, 2, 3
-
-
-class OutOfTime(BaseException):
-    """The stage's time is up; no ordinary handler may take it for a case's failure."""
+StageRun = Callable[[Suite], None]
 
 
-class Suite:
-    """What the stages share: where results go, the device, the plan and the predictions."""
+def stage_table(options: argparse.Namespace) -> dict[str, StageRun]:
+    """What runs, in the order of the budgets; a module is read when its stage begins."""
 
-    def __init__(self, folder: Path, rehearsal: bool) -> None:
-        import steps
-        from cases import FULL, REHEARSAL
-        from predictions import Predictions
+    def of(name: str) -> StageRun:
+        def run(suite: Suite) -> None:
+            __import__(name).run(suite)
 
-        self.rehearsal, self.folder = rehearsal, folder
-        self.device: Card | Rehearsal = steps.Rehearsal() if rehearsal else steps.Card()
-        self.plan: Plan = REHEARSAL if rehearsal else FULL
-        self.run = Run.begin(machine(self.device.kind), rehearsal)
-        jobs = 0 if rehearsal else max(1, min(8, (os.cpu_count() or 2) - 2))
-        self.predictions: Predictions = Predictions(self.rows("predictions"), jobs)
-        self.code = OK
-        self._end = 0.0
+        return run
 
-    def rows(self, stage: str) -> Rows:
-        return Rows(self.folder / f"{stage}.jsonl", self.run)
+    def study(suite: Suite) -> None:
+        import study
 
-    def failed(self) -> None:
-        self.code = self.code or FAILURES
+        rates = {name: some[: options.rates] for name, some in study.RATES.items()}
+        wanted = study.Study(tuple(options.weights), options.data, rates, options.steps)
+        study.run(suite, wanted)
 
-    @contextmanager
-    def limited(self, stage: str) -> Iterator[None]:
-        """Run a stage within its time; what is left over is for the next call."""
-        self._end = time.monotonic() + SOFT_LIMIT_S
-
-        def stop(*_: Any) -> None:
-            raise OutOfTime
-
-        before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, HARD_LIMIT_S)
-        try:
-            yield
-        except OutOfTime:
-            self.code = UNFINISHED
-            say(f"{stage}: time is up; what is done is kept, run the same command again for the rest")
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-    def check_time(self) -> None:
-        if time.monotonic() > self._end:
-            raise OutOfTime
+    names = {"tiny": "tiny", "steps": "peaks", "longest": "longest", "decomposition": "matrices", "tests": "marked"}
+    return {**{stage: of(module) for stage, module in names.items()}, "study": study}
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
+def run_stages(suite: Suite, wanted: dict[str, StageRun]) -> int:
+    """Each stage for its seconds, then those that were cut short for what is left; gives the exit status."""
+    lost = suite.rows.bury()
+    if lost is not None:
+        say(f"{lost['case']}: {lost['reason']}")
+    cut = [stage for stage in wanted if not _within(suite, stage, wanted[stage], _budget(suite, stage))]
+    cut = [stage for stage in cut if not _within(suite, stage, wanted[stage], suite.left())]
+    waits = time.time() + min(WAIT_S, suite.left())
+    while suite.predictions.waiting() and time.time() < waits:
+        time.sleep(0.2)
+        suite.predictions.collect()
+    if cut:
+        say(f"{', '.join(cut)}: time is up; what is done is kept, the same command goes on from there")
+        return UNFINISHED
+    return FAILURES if any(row["status"] in (FAILED, LOST) for row in suite.rows.latest()) else OK
 
 
-# --- (a) tests ------------------------------------------------------------------------------------
+def _budget(suite: Suite, stage: str) -> float:
+    """A stage's seconds, less what a process before this one took of them; the first one's hold the start."""
+    seconds = BUDGETS[stage] * (PATIENCE if suite.run.rehearsal else 1)
+    if stage == next(iter(BUDGETS)):
+        return seconds - _since(suite)
+    row = suite.rows.find(_begun(stage))
+    before = time.time() - row["at"] if row is not None and row["run"] == suite.run.run else 0.0
+    return seconds - before
 
 
-def tests(suite: Suite) -> None:
-    """The whole test suite, those that need CUDA first; in a rehearsal those alone, which skip themselves."""
-    path, log = suite.folder / "tests.jsonl", suite.folder / "tests.log"
-    what = [str(ROOT / "tests" / "cuda")] if suite.rehearsal else [str(ROOT / "tests")]
-    kind = "cpu" if suite.rehearsal else "cuda"
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("recorder.py")), str(path), kind, *what]
-    suite.folder.mkdir(parents=True, exist_ok=True)
-    say(f"tests: pytest writes {log.name}")
-    with open(log, "ab") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        try:
-            status = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-    rows = suite.rows("tests")
-    say(f"tests: {summary_line(rows)}")
-    # pytest: 0 passed, 1 some failed, 5 none was left to run.
-    if status not in (0, 5) or any(row["status"] == FAILED for row in rows.latest()):
-        say(f"tests: pytest ended with {status}, see {log.name}")
-        suite.failed()
+def _begun(stage: str) -> str:
+    return f"stage | {stage}"
 
 
-def summary_line(rows: Rows) -> str:
-    counts: dict[str, int] = {}
-    for row in rows.latest():
-        counts[row["status"]] = counts.get(row["status"], 0) + 1
-    return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "no test ran"
-
-
-# --- (b) memory -----------------------------------------------------------------------------------
-
-
-def memory(suite: Suite) -> None:
-    """Predicted, allocated and reserved bytes of every method."""
-
-    def measure(scenario: Any, case: tuple[str, str, int], predicted: dict[str, Any], other: int) -> dict[str, Any]:
-        found = suite.device.peak(scenario, case[2], other)
-        return {**found, "difference_bytes": found["allocated_bytes"] - predicted["predicted_bytes"]}
-
-    rows = suite.rows("memory")
-    for model in suite.plan.models:
-        for method in suite.plan.methods:
-            lengths = [n for n in suite.plan.lengths if not rows.done(_name(model, method, n))]
-            _measure(suite, rows, model, method, lengths, measure)
-
-
-# --- (c) speed ------------------------------------------------------------------------------------
-
-
-def speed(suite: Suite) -> None:
-    """Step times, and their ratio to qlora's in the same run."""
-    from steps import spread
-
-    reference: dict[tuple[str, int], float] = {}
-
-    def measure(scenario: Any, case: tuple[str, str, int], predicted: dict[str, Any], other: int) -> dict[str, Any]:
-        model, method, seq_len = case
-        times = suite.device.times(scenario, seq_len, suite.plan)
-        found: dict[str, Any] = {**spread(times), "times_ms": times}
-        found["tokens_per_s"] = 1000 * seq_len / found["median_ms"]
-        if method == "qlora":
-            reference[model, seq_len] = found["median_ms"]
-        base = reference.get((model, seq_len))
-        found["times_qlora"] = None if base is None else found["median_ms"] / base
-        return found
-
-    rows = suite.rows("speed")
-    others = [method for method in suite.plan.methods if method != "qlora"]
-    for model in suite.plan.models:
-        open_cases = {m: [n for n in suite.plan.lengths if not rows.done(_name(model, m, n))] for m in others}
-        # A ratio is taken within one run, so qlora is timed again before what is left over.
-        again = {n for lengths in open_cases.values() for n in lengths}
-        first = [n for n in suite.plan.lengths if n in again or not rows.done(_name(model, "qlora", n))]
-        _measure(suite, rows, model, "qlora", first, measure, optimizer="adamw, fused", autocast="bfloat16")
-        for method in others:
-            lengths = open_cases[method]
-            _measure(suite, rows, model, method, lengths, measure, optimizer="adamw, fused", autocast="bfloat16")
-
-
-# --- (d) decomposition ----------------------------------------------------------------------------
-
-
-def decomposition(suite: Suite) -> None:
-    """Seconds and accuracy of each way to decompose a weight, by benchmarks/decomposition.py."""
-    rows, case = suite.rows("decomposition"), "llama-2-7b"
-    if rows.done(case):
-        return
-    path, log = suite.folder / "decomposition.json", suite.folder / "decomposition.log"
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "decomposition.py"), "--json", str(path)]
-    command += ["--quick"] if suite.rehearsal else ["--device", "cuda"]
-    suite.folder.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    with open(log, "ab") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as process:
-        try:
-            status = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-    ran = status == 0
-    found = {"figures": json.loads(path.read_text())} if ran else {"reason": f"ended with {status}, see {log.name}"}
-    rows.append(case, "ran" if ran else FAILED, **found, seconds=round(time.monotonic() - start, 3))
-    say(f"decomposition: {'ran' if ran else found['reason']}; the table is in {log.name}")
-    if not ran:
-        suite.failed()
-
-
-# --- one model and method, at the lengths that are open -------------------------------------------
-
-Measure = Callable[[Any, tuple[str, str, int], dict[str, Any], int], dict[str, Any]]
-
-
-def _measure(
-    suite: Suite,
-    rows: Rows,
-    model: str,
-    method: str,
-    lengths: list[int],
-    measure: Measure,
-    optimizer: str = "adamw",
-    autocast: str = "off",
-) -> None:
-    """Build a method once and measure it at each length that fits the card; write a row for each."""
-    import torch
-    from cases import BATCH_SIZE
-    from steps import CHECKPOINTING, build, factors_of
-
-    from qsvft.memory.methods import parse_method
-    from qsvft.memory.presets import model_config
-    from qsvft.memory.scenario import one_line
-
-    if not lengths:
-        return
-    suite.check_time()
-    parsed = parse_method(method)
-    settings = {"batch_size": BATCH_SIZE, "checkpointing": CHECKPOINTING, "optimizer": optimizer, "autocast": autocast}
-    about = {"model": model, "method": method, **settings, "factors": factors_of(parsed)}
-    predicted = {n: suite.predictions.get((model, method, n)) for n in lengths}
-    free = suite.device.free_bytes()
-    scenario, before = None, 0
-    for seq_len in lengths:
-        case, prediction, start = _name(model, method, seq_len), predicted[seq_len], time.monotonic()
-        row = {**about, "seq_len": seq_len, "predicted_bytes": prediction.get("predicted_bytes"), "free_bytes": free}
-        refused = _too_large(prediction, parsed.bits, free)
-        try:
-            if prediction["status"] == FAILED:
-                status, found = FAILED, {"reason": f"not predicted: {prediction['reason']}"}
-            elif refused is not None:
-                status, found = "not run", {"reason": refused}
-            else:
-                if scenario is None:
-                    before = suite.device.allocated()
-                    scenario = build(model_config(model), parsed, suite.device.kind)
-                status, found = "ran", measure(scenario, (model, method, seq_len), prediction, before)
-        except torch.OutOfMemoryError as error:
-            status, found = "out of memory", {"reason": one_line(error)}
-        except Exception as error:  # whatever a method's own package raises belongs in its row
-            status, found = FAILED, {"reason": one_line(error)}
-        if status == FAILED:
-            suite.failed()
-        rows.append(case, status, **row, **found, seconds=round(time.monotonic() - start, 3))
-        say(f"{rows.path.stem}: {case}: {found.get('reason', status)}")
-        suite.device.release()
-        if "CUDA error" in str(found.get("reason")):
-            raise SystemExit("run.sh: the CUDA context is lost after an error; run the same command again to go on")
-    del scenario
+def _within(suite: Suite, stage: str, run: StageRun, seconds: float) -> bool:
+    """Run a stage for some seconds; gives whether it came to its end."""
+    seconds = min(seconds, suite.left())
+    if seconds < LEAST_S:
+        return False
+    row = suite.rows.find(_begun(stage))
+    if row is None or row["run"] != suite.run.run:
+        suite.rows.append("stage", _begun(stage), RAN, at=time.time(), after_s=round(_since(suite), 1))
+    finished = _finished(suite, run, seconds)
+    if not finished:
+        say(f"{stage}: its {seconds:.0f} seconds are over")
     suite.device.release()
+    return finished
 
 
-def _too_large(prediction: dict[str, Any], bits: int, free: int) -> str | None:
-    """Why a case is not tried on this card, or None. A 4-bit model stands there in bf16 before it is quantised."""
-    if prediction["status"] == FAILED:
-        return None
-    needs = {"the predicted peak": prediction["predicted_bytes"]}
-    if bits == 4:
-        needs["the bf16 weights before quantising"] = prediction["dense_bytes"]
-    what, nbytes = max(needs.items(), key=lambda item: item[1])
-    if nbytes * HEADROOM < free:
-        return None
-    gib = 2**30
-    return f"{what}, {nbytes / gib:.2f} GiB, and 8 % over it are more than the {free / gib:.2f} GiB free"
-
-
-def _name(model: str, method: str, seq_len: int) -> str:
-    from cases import name
-
-    return name(model, method, seq_len)
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="run.sh")
-    parser.add_argument("stages", nargs="*", metavar="stage", help="tests, memory, speed, decomposition or summary")
-    parser.add_argument("--rehearse", action="store_true", help="every stage's code on CPU at toy size")
-    parser.add_argument("--output", type=Path, help="folder for the results")
-    options = parser.parse_args(arguments)
-    unknown = [stage for stage in options.stages if stage not in (*STAGES, "summary")]
-    if unknown:
-        return refuse(f"unknown stage {unknown[0]!r}; expected tests, memory, speed, decomposition or summary")
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
-    if missing:
-        return refuse(f"{', '.join(missing)} not installed here; install it or give its wheel with --wheels DIR")
-    trouble = None if options.rehearse else no_card()
-    if trouble:
-        return refuse(trouble)
-    folder = options.output or default_folder(options.rehearse)
-    stages = [stage for stage in (options.stages or STAGES) if stage != "summary"]
-    code = run_stages(folder, options.rehearse, stages) if stages else OK
-    from summary import write_summary
-
-    write_summary(folder)
-    say(f"results: {folder}")
-    return code
-
-
-def run_stages(folder: Path, rehearsal: bool, stages: list[str]) -> int:
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    suite = Suite(folder, rehearsal)
-    if set(stages) & {"memory", "speed"}:
-        plan = suite.plan
-        suite.predictions.ask([(m, x, n) for m in plan.models for x in plan.methods for n in plan.lengths])
-    functions = {"tests": tests, "memory": memory, "speed": speed, "decomposition": decomposition}
+def _finished(suite: Suite, run: StageRun, seconds: float) -> bool:
     try:
-        for stage in STAGES:
-            if stage in stages:
-                with suite.limited(stage):
-                    functions[stage](suite)
-    finally:
-        suite.predictions.close()
-    return suite.code
+        with suite.limited(seconds):
+            run(suite)
+    except OutOfTime:
+        return False  # and with the traceback, what the case at hand held is free for the next stage
+    return True
 
 
-def refuse(reason: str) -> int:
-    print(f"run.sh: {reason}", file=sys.stderr)
-    return CANNOT_RUN
+def _since(suite: Suite) -> float:
+    return time.time() - suite.started
 
 
 def no_card() -> str | None:
     """Why nothing can be measured here, in one line, or None."""
-    import torch
-
     if not torch.cuda.is_available():
         return "torch finds no CUDA device; try the suite's own code with --rehearse"
     try:
         import bitsandbytes
 
         bitsandbytes.functional.quantize_4bit(torch.zeros(64, 64, device="cuda"), quant_type="nf4")
+        torch.cuda.synchronize()
     except Exception as error:  # a wheel without this card's kernels fails in many ways
         return f"bitsandbytes cannot quantise on this card: {str(error).splitlines()[0] if str(error) else error!r}"
     return None
 
 
-def default_folder(rehearsal: bool) -> Path:
-    if rehearsal:
-        return Path(tempfile.mkdtemp(prefix="qsvft-rehearsal-"))
-    return ROOT / "benchmarks" / "results" / "gpu" / safe_name(machine("cuda")["card"])
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="stages.py", description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=BUDGETS)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--started", type=float, required=True, help="when the command began, seconds since 1970")
+    parser.add_argument("--ends", type=float, required=True, help="when the measuring must be over")
+    parser.add_argument("--commit")
+    parser.add_argument("--weights", type=Path, action="append", default=[])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rates", type=int, default=3)
+    options = parser.parse_args(arguments)
+    trouble = None if options.rehearse else no_card()
+    if trouble:
+        print(f"card.sh: {trouble}", file=sys.stderr)
+        return CANNOT_RUN
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device: Card | Rehearsal = Rehearsal() if options.rehearse else Card()
+    plan = REHEARSAL if options.rehearse else FULL
+    run = Run.begin(machine(device.kind), options.rehearse, options.started, options.commit)
+    rows = Rows(options.output, run)
+    predictions = Predictions(rows, side_jobs(options.rehearse))
+    suite = Suite(options.output, device, plan, run, rows, predictions, options.started, options.ends)
+    table = stage_table(options)
+    try:
+        predictions.ask(
+            list(steps_of(plan)) if "steps" in options.stages else [],
+            list(searches_of(plan)) if "longest" in options.stages else [],
+        )
+    except (OSError, RuntimeError) as error:  # they can be counted anywhere, what a card says only there
+        say(f"predictions: not counted here: {error}")
+    try:
+        return run_stages(suite, {stage: table[stage] for stage in BUDGETS if stage in options.stages})
+    except ContextLost:
+        say("the CUDA context is lost; another process goes on")
+        return AGAIN
+    finally:
+        predictions.close()
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported stays; collecting it anew after each case takes as long as a small case
     sys.exit(main())

@@ -150,7 +150,8 @@ class _Away:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         with torch.no_grad():
-            host = torch.empty_strided(self.size, self.stride, dtype=self.dtype, pin_memory=self.pinned)
+            # The device is named: torch's default device may be the card.
+            host = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="cpu", pin_memory=self.pinned)
             return host.copy_(tensor, non_blocking=self.pinned)
 
     def fetch(self) -> Tensor:

@@ -91,14 +91,19 @@ def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
     return block
 
 
-@lru_cache(maxsize=16)  # a model's layers have few sizes
 def start(size: int, first: int, count: int, device: torch.device | None = None) -> Tensor:
     """Columns ``first`` to ``first + count`` of Ω, (size, count) fp64 in [-1/2, 1/2]: a hash of row and column.
 
-    Integers below 2^62 throughout, so that every device and version gives the same numbers.
+    Integers below 2^62 throughout, so that every version gives the same numbers.
     """
-    row = torch.arange(1, size + 1, dtype=torch.int64, device=device).unsqueeze(1)
-    column = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device=device)
+    return _start(size, first, count).to(device)
+
+
+@lru_cache(maxsize=16)  # a model's layers have few sizes
+def _start(size: int, first: int, count: int) -> Tensor:
+    """The same on the CPU: what is kept there takes nothing of a card that a model is to fit on."""
+    row = torch.arange(1, size + 1, dtype=torch.int64, device="cpu").unsqueeze(1)
+    column = torch.arange(first + 1, first + count + 1, dtype=torch.int64, device="cpu")
     x = (row * 1_103_515_249 + column * 1_640_531_513) % _PRIME
     for odd in (747_796_405, 1_442_695_041, 1_779_033_703):
         x = x ^ (x >> 15)

@@ -27,7 +27,10 @@ BLOCK, NESTED_BLOCK = 64, 256
 FloatArray = numpy.typing.NDArray[numpy.float32]
 
 _STRETCH = 2**18
-"""Elements quantised at a time: whole blocks, few enough for the caches."""
+"""Elements quantised at a time on the CPU: whole blocks, few enough for the caches."""
+
+_LAUNCH = 2**30
+"""The same on a card, where each stretch is a launch; bitsandbytes counts them in 32 bits."""
 
 
 def nf4_parameter(weight: Tensor) -> Any:
@@ -70,7 +73,8 @@ def nf4_codes(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
     Returns:
         Codes two a byte, the first in the upper four bits, (ceil(n/2), 1), and the blocks' absolute maxima in fp32.
     """
-    codes, maxima = zip(*(_quantized(stretch, block) for stretch in values.split(_STRETCH)), strict=True)
+    size = _STRETCH if values.device.type == "cpu" else _LAUNCH
+    codes, maxima = zip(*(_quantized(stretch, block) for stretch in values.split(size)), strict=True)
     return torch.cat(codes), torch.cat(maxima)
 
 

@@ -41,7 +41,8 @@ def fixed_noise(size: int, salt: int, device: torch.device | None = None) -> Ten
 
 @lru_cache(maxsize=64)  # a model's layers have few sizes
 def _noise(size: int, salt: int) -> Tensor:
-    index = torch.arange(1, size + 1, dtype=torch.float64)
+    # On the CPU whatever the default device is: another one's products of large numbers end in other digits.
+    index = torch.arange(1, size + 1, dtype=torch.float64, device="cpu")
     phase = torch.frac(index * torch.frac(index * _GOLDEN_RATIO) + salt * math.sqrt(2) * index)
     return torch.cos(2 * math.pi * phase)
 

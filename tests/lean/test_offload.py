@@ -121,6 +121,14 @@ def test_a_view_of_something_larger_stays_and_strides_are_kept(travelled):
         assert back.stride() == travels.stride() and torch.equal(back, travels)
 
 
+def test_the_host_s_copy_is_on_the_cpu_whatever_the_default_device_is():
+    tensor = torch.randn(4, 6).t()
+    with torch.device("meta"):
+        away = offload._Away(tensor)
+    assert away.host.device.type == "cpu"
+    assert torch.equal(away.fetch(), tensor) and away.fetch().stride() == tensor.stride()
+
+
 def test_tensors_below_the_threshold_stay(llama, travelled):
     model = prepared(llama)
     offload_checkpoints(model)

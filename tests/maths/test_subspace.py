@@ -75,6 +75,15 @@ def test_the_start_does_not_depend_on_how_many_columns_are_asked_for_at_once():
     assert torch.equal(torch.cat([start(100, 0, 7), start(100, 7, 13)], 1), whole)
 
 
+def test_what_is_kept_of_the_start_lies_on_the_cpu_whatever_the_device():
+    """A model's sizes kept on a card would take bytes there that no ledger counts."""
+    with torch.device("meta"):  # as with a default device that is not the CPU
+        on_the_device = start(37, 5, 3, torch.device("meta"))
+        kept = start(37, 5, 3, torch.device("cpu"))
+    assert on_the_device.is_meta and on_the_device.shape == (37, 3)
+    assert torch.equal(kept, start(37, 0, 8)[:, 5:])
+
+
 @pytest.mark.parametrize(("size", "count"), [(4096, 256), (1024, 1024), (300, 16)])
 def test_the_start_is_as_well_conditioned_as_independent_noise(size, count):
     """Singular values within the edges that independent uniform entries have, sqrt(size) -+ sqrt(count)."""

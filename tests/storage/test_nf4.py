@@ -6,7 +6,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from qsvft.storage.nf4 import nf4_parameter
+from qsvft.storage import nf4
+from qsvft.storage.nf4 import nf4_codes, nf4_parameter
 
 SHAPES = [(64, 64), (3, 64), (1, 1), (5, 13), (7, 30), (1100, 512), (1, 2**18 + 1)]
 
@@ -79,3 +80,19 @@ def test_double_quantisation_is_that_of_bitsandbytes_up_to_the_last_bit_of_the_o
     assert {name: getattr(ours, name) for name in ("blocksize", "quant_type", "dtype", "shape", "nested")} == {
         name: getattr(state, name) for name in ("blocksize", "quant_type", "dtype", "shape", "nested")
     }
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 4), ("meta", 1)])
+def test_away_from_the_cpu_a_weight_is_quantised_in_one_launch(device, expected, monkeypatch):
+    """Stretches that suit a CPU's caches would be thousands of launches on a card."""
+    seen = []
+
+    def counted(stretch, block):
+        seen.append(stretch.numel())
+        return quantized(stretch, block)
+
+    quantized = nf4._quantized
+    monkeypatch.setattr(nf4, "_quantized", counted)
+    codes, maxima = nf4_codes(torch.zeros(2**20, device=device), 64)
+    assert len(seen) == expected and sum(seen) == 2**20
+    assert codes.shape == (2**19, 1) and maxima.shape == (2**14,)

@@ -63,6 +63,12 @@ def test_longer_noise_continues_shorter_noise():
     assert torch.equal(fixed_noise(500, 3)[:100], fixed_noise(100, 3))
 
 
+def test_the_noise_is_the_cpu_s_whatever_the_default_device_is():
+    with torch.device("meta"):
+        found = fixed_noise(517, 3, torch.device("cpu"))
+    assert torch.equal(found, fixed_noise(600, 3)[:517])
+
+
 def test_sketch_is_linear_and_eight_numbers_in_fp32():
     a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     assert sketch(a).shape == (SIZE,) and sketch(a).dtype == torch.float32
