@@ -30,7 +30,7 @@ COMPARED = (
     "floor:chunked_loss=true",
     "qlora-kbit",
     "svft",
-    f"{SMALLEST},offload_checkpoints=true",
+    f"{SMALLEST},offload=true",
     "qsvft:factor_bits=4,rank=256",
 )
 """The floor, QLoRA, QLoRA kbit, plain SVFT and five settings of qsvft: rows of the README's table of memory."""
@@ -111,7 +111,7 @@ FULL = Plan(
         Pass("llama-3-8b", (2048,), OTHERS),
     ),
     searches=(
-        Search("llama-3-8b", (SMALLEST, QLORA, f"{SMALLEST},offload_checkpoints=true"), (8 * GIB, 12 * GIB)),
+        Search("llama-3-8b", (SMALLEST, QLORA, f"{SMALLEST},offload=true"), (8 * GIB, 12 * GIB)),
         Search("llama-3-8b", (SMALLEST, QLORA), (16 * GIB, 24 * GIB)),
         Search("llama-2-7b", (SMALLEST, QLORA), (8 * GIB, 12 * GIB)),
         Search("llama-2-7b", (SMALLEST, QLORA), (16 * GIB, 24 * GIB)),
