@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.autocast import linear_dtype
-from ..storage.shapes_only import shapes_only_active
 from ..storage.stored_matrix import Layout, Parts, StoredMatrix, dense_rows
+from ..storage.weights import check_weight
 
 BITS = (4, 8, 16)
 SLICE_ROWS = 8192
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SAMPLED_ROWS = 64
 
 logger = logging.getLogger(__name__)
@@ -192,7 +191,7 @@ def check_embeddings(model: nn.Module, bits: int, skip_modules: Sequence[str] = 
         )
     groups = [] if bits == 16 else _groups(model, bits, skip_modules)
     for members in groups:
-        _check_weight(*members[0])
+        check_weight(*members[0])
     return groups
 
 
@@ -314,26 +313,3 @@ def _only_scales(embedding: nn.Embedding) -> bool:
     with torch.no_grad():
         given, expected = type(embedding).forward(embedding, ids), _scaled(embedding.weight[ids], scale)
     return torch.equal(given.nan_to_num(), expected.nan_to_num())  # NaN has a message of its own
-
-
-def _check_weight(name: str, module: nn.Module) -> None:
-    """As ``storage.weights.check_weight``, some rows at a time: a mask of the whole is as large as the result."""
-    weight = cast(Tensor, module.weight).detach()
-    if weight.is_meta:
-        if shapes_only_active():
-            return
-        raise ValueError(
-            f"{name}: its weight is on the meta device (no values). Expected a loaded model: use from_pretrained() "
-            "without an offloading device_map."
-        )
-    if weight.dtype not in _FLOATS:
-        raise ValueError(
-            f"{name}: weight dtype {weight.dtype} is not supported; expected float32, bfloat16 or float16. Convert the "
-            "model first, for example with model.to(torch.bfloat16)."
-        )
-    bad = sum(int((~torch.isfinite(rows)).sum()) for rows in weight.split(SLICE_ROWS))
-    if bad:
-        raise ValueError(
-            f"{name}: its weight holds {bad} NaN or Inf values of {weight.numel()}; expected finite numbers. The "
-            "checkpoint is damaged, or overflowed in float16; load it again, in bfloat16 or float32."
-        )

@@ -62,7 +62,7 @@ def check_weight(name: str, layer: nn.Module) -> None:
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return
     if weight.dtype not in _FLOATS:
-        if weight.is_floating_point() or type(layer) in (nn.Linear, Conv1D):
+        if weight.is_floating_point() or type(layer) in (nn.Linear, Conv1D, nn.Embedding):
             raise ValueError(
                 f"{name}: weight dtype {weight.dtype} is not supported; expected float32, bfloat16 or "
                 "float16. Convert the model first, for example with model.to(torch.bfloat16)."
@@ -70,13 +70,13 @@ def check_weight(name: str, layer: nn.Module) -> None:
         return  # another library's packed integers, read through the layer itself
     if all_finite(weight):
         return
-    bad = int((~torch.isfinite(weight.detach())).sum())
-    if bad:
-        raise ValueError(
-            f"{name}: its weight holds {bad} NaN or Inf values of {weight.numel()}; expected finite "
-            "numbers. The checkpoint is damaged, or overflowed in float16; load it again, in bfloat16 or "
-            "float32."
-        )
+    # Some rows at a time: a mask of the whole is as large as the weight in 8 bits.
+    bad = sum(int((~torch.isfinite(rows)).sum()) for rows in weight.detach().split(_UNIT_ROWS))
+    raise ValueError(
+        f"{name}: its weight holds {bad} NaN or Inf values of {weight.numel()}; expected finite "
+        "numbers. The checkpoint is damaged, or overflowed in float16; load it again, in bfloat16 or "
+        "float32."
+    )
 
 
 def check_quant_state(name: str, layer: bnb.nn.Linear4bit) -> None:
