@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FLOOR_PYTHON ?= python3.10
+# Processes that run tests at the same time, each on one thread.
+WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # Waiting CPU threads sleep instead of spinning: much faster on a busy machine.
@@ -11,12 +13,12 @@ export OMP_WAIT_POLICY := PASSIVE
 # mkdocs-material's notice about a release of MkDocs that constraints.txt does not take.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types unit memory memory-update docs pictures mutants test-floor clean
+.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs pictures mutants test-floor clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/finetune.py
 
-test: lint types unit memory docs
+test: lint types unit elsewhere memory docs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -26,7 +28,14 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 unit: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# As other machines would: two settings here, all of them in test-elsewhere.
+elsewhere: $(VENV)/installed
+	$(BIN)/python tests/elsewhere.py --short
+
+test-elsewhere: $(VENV)/installed
+	$(BIN)/python tests/elsewhere.py
 
 memory: $(VENV)/installed
 	$(BIN)/python -W ignore benchmarks/memory/gate.py
@@ -48,7 +57,7 @@ mutants: $(VENV)/installed
 # The suite on the lowest versions that pyproject.toml declares. What is about the sources and not about versions
 # (the plan of the code, the docs) is left to `make test`.
 test-floor: .venv-floor/installed
-	.venv-floor/bin/python -m pytest --ignore tests/test_house.py --ignore tests/docs --ignore tests/test_private_names.py
+	.venv-floor/bin/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/test_house.py --ignore tests/docs --ignore tests/test_private_names.py
 
 .venv-floor/installed: pyproject.toml constraints-floor.txt
 	$(FLOOR_PYTHON) -m venv .venv-floor

@@ -19,6 +19,7 @@ from .lean.option import shows
 from .lean.switches import Switches, without_switches
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
+from .storage.alignment import align_tensors
 from .storage.quantization import quantize
 from .tuner.config import QSVFTConfig
 from .tuner.progress import progress_bars
@@ -82,6 +83,7 @@ def prepare(
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
     check_residual(config, bits)
     vocabulary.check_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
+    align_tensors(model, odd_only=True)  # otherwise what the base computes could change in its last bits
     # A residual base is quantised where it is made, from the dense weight.
     quantize(model, bits, skip_modules=[*trained_whole, *(targets if config.residual else ())], progress=progress)
     if switches.quantize_embeddings != 16:

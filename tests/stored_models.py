@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from small_models import load
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -16,6 +15,7 @@ from qsvft.maths import decomposition
 from qsvft.storage.factor_files import FactorFiles, factor_tensors, length_tensors
 from qsvft.storage.factors import measured_scale
 from qsvft.storage.tensor_files import TensorFiles
+from qsvft.storage.tensor_writer import write_tensors
 from qsvft.tuner import QSVFTLinear
 
 
@@ -56,7 +56,7 @@ def write(folder: Path, base: nn.Module, factors: dict[str, Tensor]) -> Path:
     """A directory as a preparation leaves it: weights as they are held, and factors."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.clone().contiguous() for name, value in base.state_dict().items()}
-    save_file(state | {name: value.clone() for name, value in factors.items()}, folder / "model.safetensors")
+    write_tensors(state | factors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

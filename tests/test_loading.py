@@ -73,6 +73,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_a_prepared_directory_gives_the_model_that_prepare_gives(llama, tmp_path, options):
     model = loaded(prepared(llama, tmp_path / "prepared", **options))
@@ -88,6 +89,7 @@ def test_loading_decomposes_nothing(llama, tmp_path, options, request):
     assert loaded(folder).peft_config["default"].sides == options.get("sides", "one")
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_bitwise_equal_after_every_round_trip(llama, tmp_path, options):
     folder = prepared(llama, tmp_path / "prepared", **options)
@@ -104,6 +106,7 @@ def test_bitwise_equal_after_every_round_trip(llama, tmp_path, options):
     assert len(list((tmp_path / "third").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.anywhere
 def test_saved_with_an_adapter_it_is_the_same_directory(folder, tmp_path):
     model = randomize(loaded(folder))
     model.get_base_model().save_pretrained(tmp_path / "again")
@@ -114,6 +117,7 @@ def test_saved_with_an_adapter_it_is_the_same_directory(folder, tmp_path):
     assert same_tensors(factors(plain), factors(again))
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("options", FORMS[3:7], ids=str)
 def test_a_model_prepared_in_memory_is_saved_as_a_prepared_directory(llama, tmp_path, options):
     model = randomize(qsvft.prepare(load(llama, torch.float32), progress=False, **options))
@@ -126,12 +130,14 @@ def test_a_model_prepared_in_memory_is_saved_as_a_prepared_directory(llama, tmp_
     assert saved.config.quantization_config.to_dict() == streamed.config.quantization_config.to_dict()
 
 
+@pytest.mark.anywhere
 def test_m_at_zero_gives_the_quantised_base_bit_for_bit(llama, folder):
     base = qsvft.quantize(load(llama, torch.float32), progress=False)
     assert torch.equal(logits(loaded(folder)), logits(base))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(base))
 
 
+@pytest.mark.anywhere
 def test_peft_and_adapters_by_name_know_the_directory(folder, tmp_path):
     model = randomize(loaded(folder))
     model.save_pretrained(tmp_path / "adapter")
@@ -145,6 +151,7 @@ def test_peft_and_adapters_by_name_know_the_directory(folder, tmp_path):
     assert torch.equal(logits(onto), logits(model))
 
 
+@pytest.mark.anywhere
 def test_an_adapter_instead_of_a_new_one(folder, tmp_path, no_decomposition):
     model = randomize(loaded(folder))
     model.save_pretrained(tmp_path / "adapter")
@@ -232,6 +239,7 @@ def test_an_ordinary_checkpoint_is_prepared_once(llama, tmp_path, monkeypatch):
     assert same_tensors(state(first), state(second))
 
 
+@pytest.mark.anywhere
 def test_an_adapter_says_how_its_base_is_prepared(llama, tmp_path, monkeypatch):
     model = randomize(qsvft.prepare(load(llama, torch.float32), 8, sides="both", rank=16, progress=False))
     model.save_pretrained(tmp_path / "adapter")

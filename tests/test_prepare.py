@@ -33,6 +33,7 @@ def step_gradients(model):
 # --- what comes out --------------------------------------------------------------------------------
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .aligned import aligned
 from .subspace import leading_directions
 
 Sides = Literal["one", "both"]
@@ -124,10 +125,10 @@ def _signs(vectors: Tensor) -> Tensor:
 
 
 def stretches(weight: Tensor, dtype: torch.dtype = torch.float64, entries: int = _STRETCH) -> Iterator[Tensor]:
-    """A weight in ``dtype``, some rows at a time; each stretch may be overwritten by the next."""
+    """A weight in ``dtype``, some rows at a time, where BLAS sums as anywhere; the next may overwrite a stretch."""
     rows = max(entries // weight.shape[1], 1)
     if weight.dtype == dtype:
-        yield from weight.split(rows)
+        yield from map(aligned, weight.split(rows))
         return
     held = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=dtype, device=weight.device)
     for part in weight.split(rows):  # one buffer for all: fresh memory for each costs more than the copy

@@ -1,6 +1,7 @@
 """Factors read from safetensors files, where they would have to be computed; see :mod:`qsvft.storage.factor_names`.
 
-On the CPU they are the file's memory-mapped pages. Everything read is treated as hostile until it is checked.
+On the CPU they are the file's memory-mapped pages, or copies where those lie at no address to compute with
+(:mod:`qsvft.maths.aligned`). Everything read is treated as hostile until it is checked.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
+from ..maths.aligned import aligned
 from ..maths.updates import bounded_inverse
 from .basis_key import BasisKey
 from .factor_names import LENGTHS, PARTS, RESIDUAL, SCALE, SKETCH, FactorName, parse_name
@@ -93,7 +95,7 @@ class FactorFiles:
             key: the basis's key.
             rank: k.
             size: n, the length of a direction.
-            device: where it is put; on the CPU nothing is copied.
+            device: where it is put; on the CPU nothing is copied that :func:`~qsvft.maths.aligned.aligned` leaves.
 
         Returns:
             None if there is no such basis, or it has fewer directions.
@@ -181,7 +183,7 @@ class FactorFiles:
                 f"{next(beside, name.owner)}: expected the tensor {name}, found none. The file is incomplete: copy it "
                 "again, or make it again."
             )
-        return self._files.read(self._stored[name])
+        return self._files.mapped(self._stored[name])
 
     def _rows(self, name: FactorName) -> int:
         tensor = self._read(name)
@@ -195,7 +197,7 @@ class FactorFiles:
         tensor = tensor if rows is None else tensor[:rows]
         if tensor.is_floating_point() and not all_finite(tensor):
             self._refuse(name, "NaN or Inf in places", "finite numbers")
-        return tensor
+        return aligned(tensor)
 
     def _refuse(self, name: FactorName, found: str, expected: str) -> NoReturn:
         stored = self._stored[name]

@@ -25,7 +25,7 @@ from ..maths.decomposition import (
 )
 from .stored_matrix import StoredMatrix
 
-_STRETCH = 2**24  # entries, 128 MiB in fp64; each stretch reads the whole basis
+_STRETCH = 2**23  # entries, 64 MiB in fp64; each stretch reads the whole basis
 
 
 class StoredBasis(nn.Module, Basis):
@@ -120,12 +120,11 @@ def measured_scale(weight: Tensor, basis: Basis, side: str, rank: int) -> tuple[
     """
     if weight.is_meta:
         return weight.new_empty(rank, dtype=torch.float32), weight.new_empty((), dtype=torch.float32)
-    # Products in fp32 are exact to 1e-6 of |W|, twice as fast, and summed in fp64; on CUDA they might be in TF32.
-    dtype = torch.float64 if weight.is_cuda or weight.dtype == torch.float64 else torch.float32
+    # In fp64: sums in another order, on another processor or of a weight that lies elsewhere, round to the same fp32.
     s, total = (torch.zeros(size, dtype=torch.float64, device=weight.device) for size in (rank, 1))
     with torch.no_grad():  # a row of the product is what the basis reads of a row of W
-        for part in stretches(weight if side == "V" else weight.T, dtype, _STRETCH):
+        for part in stretches(weight if side == "V" else weight.T, torch.float64, _STRETCH):
             read = basis.to_coefficients(part, rank)
             s = torch.hypot(s, torch.linalg.vector_norm(read, dim=0, dtype=torch.float64))
-            total = torch.hypot(total, torch.linalg.vector_norm(torch.linalg.vector_norm(part, dim=1).double()))
+            total = torch.hypot(total, torch.linalg.vector_norm(part))
     return s.float(), (total[0] / basis.size**0.5).float()

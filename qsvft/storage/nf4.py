@@ -1,15 +1,17 @@
 """A weight in NF4 with double quantisation: the same bits on any number of threads, and some times as fast.
 
-Codes and layout are bitsandbytes'. Two things differ from ``bnb.functional.quantize_4bit``. The offset that double
-quantisation takes from the blocks' absolute maxima, their mean, is summed in fp64: bitsandbytes sums it in fp32, in an
-order that depends on the number of threads, so that two machines disagree in its last bits, with it in every weight,
-and in the vectors of nearly equal singular values. And on the CPU a code is counted, how many thresholds lie below,
-where bitsandbytes searches, some ten times slower; a stretch of the weight at a time, since the temporaries are ten
-times its size in bf16.
+Codes and layout are bitsandbytes'. Three things differ from ``bnb.functional.quantize_4bit``. The offset that double
+quantisation takes from the blocks' absolute maxima, their mean, is summed in whole numbers: bitsandbytes sums it in
+fp32, in an order that depends on the number of threads, so that two machines disagree in its last bits, with it in
+every weight, and in the vectors of nearly equal singular values. The map of double quantisation is the same on every
+processor (:mod:`qsvft.storage.dynamic_map`). And on the CPU a code is counted, how many thresholds lie below, where
+bitsandbytes searches, some ten times slower; a stretch of the weight at a time, since the temporaries are ten times
+its size in bf16.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from .dynamic_map import dynamic_map
 
 BLOCK, NESTED_BLOCK = 64, 256
 """Elements that share a maximum, and maxima that share one of their own."""
@@ -32,6 +36,9 @@ _STRETCH = 2**18
 _LAUNCH = 2**30
 """The same on a card, where each stretch is a launch; bitsandbytes counts them in 32 bits."""
 
+_FIXED = 40
+"""Bits after the point of the maxima that are summed: those of a stretch fit into 63."""
+
 
 def nf4_parameter(weight: Tensor) -> Any:
     """A frozen ``bnb.nn.Params4bit`` of a weight.
@@ -40,8 +47,9 @@ def nf4_parameter(weight: Tensor) -> Any:
         weight: (m, n), finite, in fp32, bf16 or fp16, not on meta.
     """
     codes, absmax = nf4_codes(weight.detach().reshape(-1), BLOCK)
-    offset = absmax.double().mean().float()
-    nested, nested_state = bnb.functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    offset = _mean(absmax)
+    code = dynamic_map().to(absmax.device)
+    nested, nested_state = bnb.functional.quantize_blockwise(absmax - offset, code, blocksize=NESTED_BLOCK)
     state = QuantState(
         absmax=nested,
         shape=weight.shape,
@@ -61,6 +69,16 @@ def nf4_parameter(weight: Tensor) -> Any:
         quant_type="nf4",
         bnb_quantized=True,
     )
+
+
+def _mean(maxima: Tensor) -> Tensor:
+    """The mean of numbers of at least 0, to 2^-40 of the largest and rounded to fp32: in whole numbers any order of
+    summation gives the same."""
+    _, exponent = math.frexp(float(maxima.max()))
+    scale = 2.0 ** (_FIXED - exponent)
+    total = sum(int((part.double() * scale).round().long().sum()) for part in maxima.split(_STRETCH))
+    mean = math.ldexp(total / maxima.numel(), exponent - _FIXED)
+    return torch.tensor(mean, dtype=torch.float32, device=maxima.device)
 
 
 def nf4_codes(values: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Single tensors of safetensors files, by their names: memory-mapped, opened when first read.
 
-A copy of the reader, and one in another process, opens the files again by itself.
+They are the file's pages where these lie at an address to compute with, as in every file that
+:mod:`qsvft.storage.tensor_writer` wrote; elsewhere they are copies. A copy of the reader, and one in another process,
+opens the files again by itself.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..maths.aligned import aligned
+
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
 class TensorFiles:
-    """The tensors in safetensors files. Those read are the file's pages, and are not copied.
+    """The tensors in safetensors files.
 
     Args:
         files: the file that holds it, for each tensor's name.
@@ -60,7 +64,11 @@ class TensorFiles:
         return cls(dict.fromkeys(_opened(os.fspath(path), remedy).keys(), path))
 
     def read(self, name: str) -> Tensor:
-        """A tensor, on the CPU.
+        """A tensor, on the CPU, as :func:`~qsvft.maths.aligned.aligned` gives it; for the rest see :meth:`mapped`."""
+        return aligned(self.mapped(name))
+
+    def mapped(self, name: str) -> Tensor:
+        """A tensor as the file's pages, wherever these lie: to look at, or to be written elsewhere.
 
         Raises:
             KeyError: no such name.

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..maths.aligned import aligned
 from ..maths.patterns import IndexPattern
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
@@ -85,6 +86,7 @@ class AdapterReader:
         self._layers: dict[str, QSVFTLinear] = {}
         factors, others = split_factors(state_dict)
         self.digests = FactorDigests(factors, complete=config.include_factors)
+        others = {key: aligned(tensor) for key, tensor in others.items()}  # who assigns them computes with them
         self.records = {k: v for k, v in others.items() if k.rsplit(".", 1)[-1] in _RECORDS}
         self.parameters = {k: v for k, v in others.items() if k not in self.records}
 

@@ -215,13 +215,13 @@ class QSVFTLinear(AdaptedLinear):
         values = fixed_noise(self.pattern(adapter).count, 2, weight.device).float()
         if self.forms[adapter].seeded:
             # The basis does not come from W, so neither does what tells it from another.
-            a = fixed_noise(self.basis(self.forms[adapter].inward).size, 1, weight.device).float().unsqueeze(0)
+            a = fixed_noise(self.basis(self.forms[adapter].inward).size, 1, weight.device).unsqueeze(0)
             return sketch(self._apply_form(adapter, torch.zeros_like(a), a, values))
-        x = fixed_noise(self.in_features, 1, weight.device).float().unsqueeze(0)
+        x = fixed_noise(self.in_features, 1, weight.device).unsqueeze(0)
         return sketch(self._apply_delta(adapter, x, values, weight))
 
     def _apply_delta(self, adapter: str, x: Tensor, values: Tensor, W: Tensor) -> Tensor:
-        """dW x in fp32 for rows x (t, n), with the factors as held."""
+        """dW x in x's dtype for rows x (t, n), with the factors as held."""
         form = self.forms[adapter]
         if form.kind == "input":
             return times_transpose(self._apply_form(adapter, torch.zeros_like(x), x, values), W)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from placed import place_data
 from safetensors.torch import load_file, save_file
 from stored_models import factors_in
 from torch import Tensor
@@ -17,6 +18,7 @@ from qsvft.maths.updates import bounded_inverse
 from qsvft.storage.factor_files import FactorFiles, factor_tensors, length_tensors, residual_tensors
 from qsvft.storage.factor_names import FactorName, adapter_tensors, parse_name
 from qsvft.storage.factors import StoredBasis, make_bases, measured_scale
+from qsvft.storage.tensor_writer import write_tensors
 
 OWNER, KEY, CPU = "model.layers.0.self_attn.o_proj", "V_x", torch.device("cpu")
 BITS = pytest.mark.parametrize("bits", [16, 8, 4])
@@ -154,12 +156,23 @@ def test_a_copy_reads_the_files_by_itself(tmp_path, again):
 
 
 @BITS
-@pytest.mark.parametrize("rank", [17, ROWS])
+@pytest.mark.parametrize("rank", [17, 64])
 def test_on_the_cpu_a_basis_is_the_files_own_pages(tmp_path, bits, rank):
-    """Read twice it is the same memory: mapped, and not copied."""
-    files = written(tmp_path, bits)
+    """Read twice it is the same memory: mapped, and not copied. (The bytes of 64 directions are multiples of 64.)"""
+    write_tensors(factor_tensors(OWNER, KEY, basis(bits, 64)), tmp_path / "model.safetensors", {})
+    files = factors_in(tmp_path)
     pairs = zip(read(files, rank).stored.parts(), read(files, rank).stored.parts(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+
+@BITS
+@pytest.mark.parametrize("rank", [17, ROWS])
+def test_what_lies_elsewhere_in_a_file_is_copied_to_where_it_can_be_computed_with(tmp_path, bits, rank):
+    files = written(tmp_path, bits)
+    place_data(tmp_path / "model.safetensors", 38)
+    found = read(files, rank).stored
+    assert all(part.data_ptr() % 64 == 0 for part in found.parts() if part.element_size() > 1)
+    assert all(torch.equal(a, b) for a, b in zip(found.parts(), basis(bits).stored.parts(0, rank), strict=True))
 
 
 @BITS

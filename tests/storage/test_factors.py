@@ -59,6 +59,16 @@ def test_exactly_the_needed_factors_are_held_in_the_bits_asked_for(m, n, bits, s
         assert s.shape == (30,) and s.dtype == rms.dtype == torch.float32 and rms.ndim == 0
 
 
+@BITS
+@pytest.mark.parametrize(("m", "n"), [(400, 320), (320, 400)])
+def test_lengths_are_those_in_fp64_rounded_once(m, n, bits):
+    """But for those that lie so near the middle between two numbers that sums in another order differ."""
+    W = make_weight(m, n)
+    basis, s, rms = one_sided(W, 256, bits)
+    assert float((s == lengths(W, basis.dense(torch.float32)).float()).double().mean()) > 0.99
+    assert float(rms) == pytest.approx(float(W.double().norm() / min(m, n) ** 0.5), rel=1e-7)
+
+
 @SHAPES
 @BITS
 @pytest.mark.parametrize("sides", ["one", "both"])

@@ -46,6 +46,7 @@ def test_blocks_of_zeros_stay_zeros():
     assert torch.equal(bnb.functional.dequantize_4bit(found.data, found.quant_state), weight)
 
 
+@pytest.mark.anywhere
 def test_the_bits_do_not_depend_on_the_number_of_threads():
     # Maxima enough that torch divides their sum between threads.
     before, weight, found = torch.get_num_threads(), torch.randn(2048, 1280), []
@@ -62,6 +63,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
         assert torch.equal(found[0].quant_state.state2.absmax, other.quant_state.state2.absmax)
 
 
+@pytest.mark.anywhere
 def test_the_offset_is_the_mean_of_the_maxima_rounded_once():
     """Sums in fp32 come out a last bit higher or lower for some of these."""
     for _ in range(20):

@@ -91,6 +91,7 @@ def test_casting_the_model_leaves_the_scales_and_directions():
 # --- the adapter on it -----------------------------------------------------------------------------
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_with_M_at_zero_it_is_its_base_bit_for_bit_and_close_to_the_original_model(llama, options):
     original = logits(load(llama, torch.float32))

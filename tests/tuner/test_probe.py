@@ -12,7 +12,7 @@ from torch import nn
 from qsvft import quantize
 from qsvft.tuner.config import QSVFTConfig
 from qsvft.tuner.layer import QSVFTLinear
-from qsvft.tuner.probe import SIZE, TOLERANCE, content_digest, fixed_noise, relative_difference, sketch
+from qsvft.tuner.probe import SIZE, TOLERANCE, content_digest, fixed_noise, relative_difference, sketch, weight_sketch
 
 
 def weight(m: int = 40, n: int = 32, seed: int = 0) -> torch.Tensor:
@@ -82,6 +82,16 @@ def test_sketch_sees_every_place(place):
     assert float(sketch(vector).norm()) > 0.1
 
 
+def test_a_sketch_is_kept_to_18_bits_which_hide_the_order_of_sums():
+    vectors = torch.randn(2000, 50, dtype=torch.float64)
+    exact = torch.stack([fixed_noise(50, salt) for salt in range(10, 10 + SIZE)])
+    found = torch.stack([sketch(vector) for vector in vectors])
+    assert torch.equal(found.view(torch.int32) % 64, torch.zeros_like(found, dtype=torch.int32))
+    torch.testing.assert_close(found.double(), vectors @ exact.T, rtol=2**-18 * 1.01, atol=1e-12)
+    other = torch.stack([sketch(vector * (1 + 1e-9)) for vector in vectors])
+    assert float((found != other).double().mean()) < 2e-3
+
+
 # --- the comparison -------------------------------------------------------------------------------
 
 
@@ -114,6 +124,7 @@ MAPS = {
 }
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("options", MAPS.values(), ids=MAPS.keys())
 @pytest.mark.parametrize("bits", [4, 16])
 def test_the_same_base_and_config_give_the_same_probe(options, bits):
@@ -139,6 +150,23 @@ def test_another_weight_gives_a_probe_that_is_refused(options, change):
     W = weight(*options.pop("shape", (40, 32)))
     layer = adapted(W, **options)
     assert layer.probe_difference("default", probe(change(W), **options)) > TOLERANCE
+
+
+@pytest.mark.parametrize("options", MAPS.values(), ids=MAPS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_probe_and_sketch_are_exact_to_ten_digits_before_they_are_shortened(options, dtype, monkeypatch):
+    """What is left of the order of sums is then far below the last bit that is kept."""
+    monkeypatch.setattr("qsvft.tuner.probe._shortened", lambda values: values)
+    options = dict(options)
+    layer = adapted(weight(*options.pop("shape", (40, 32))), **options)
+    W = layer.original_weight().to(dtype)
+    m, n = W.shape
+    x, values = fixed_noise(n, 1), fixed_noise(layer.pattern("default").count, 2).float()
+    dW = layer._apply_delta("default", torch.eye(n, dtype=torch.float64), values, W.double()).T
+    rows = torch.stack([fixed_noise(m, salt) for salt in range(10, 10 + SIZE)])
+    close = {"rtol": 1e-10, "atol": 1e-10}
+    torch.testing.assert_close(layer.compute_probe("default", W), rows @ (dW @ x), **close)
+    torch.testing.assert_close(weight_sketch(W), rows @ (W.double() @ x), **close)
 
 
 @pytest.mark.parametrize("options", MAPS.values(), ids=MAPS.keys())
@@ -176,6 +204,7 @@ def test_one_flipped_sign_in_a_factor_is_seen(row, sides):
     assert layer.probe_difference("default", flipped) > TOLERANCE
 
 
+@pytest.mark.anywhere
 def test_factors_recomputed_elsewhere_stay_far_below_the_tolerance():
     """Another driver or thread count moves fp64 vectors by 1e-10: some entries then round to the other bf16."""
     layer = adapted(weight())

@@ -86,6 +86,7 @@ def edit_config(adapter, **changes):
 # --- round trips -----------------------------------------------------------------------------------
 
 
+@pytest.mark.anywhere
 @FORMS
 def test_a_reloaded_adapter_is_the_same_bit_for_bit_and_nothing_is_decomposed(llama, tmp_path, options, monkeypatch):
     model = prepare(llama, **options)
@@ -118,6 +119,7 @@ def test_another_model_is_refused_by_a_layers_name(llama, other_llama, tmp_path,
         PeftModel.from_pretrained(base(other_llama, options), tmp_path)
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"factor_bits": 4}], ids=str)
 def test_Conv1D_layers_are_reloaded(tmp_path, options, monkeypatch):
     names = ["c_attn", "c_fc", "c_proj"]
@@ -129,6 +131,7 @@ def test_Conv1D_layers_are_reloaded(tmp_path, options, monkeypatch):
     assert torch.equal(logits(again), expected)
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_other_bits_of_the_base_are_reloaded(llama, tmp_path, bits, monkeypatch):
@@ -266,6 +269,7 @@ def test_saving_over_the_adapter_that_was_loaded_works(llama, adapter, saved):
 # --- other doors -----------------------------------------------------------------------------------
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_loading_options_do_not_change_the_adapter(llama, saved, low_cpu_mem_usage, monkeypatch):
     forbid_decomposing(monkeypatch)

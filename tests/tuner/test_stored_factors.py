@@ -59,6 +59,7 @@ def stored(llama, tmp_path):
 # --- attached without decomposing ------------------------------------------------------------------
 
 
+@pytest.mark.anywhere
 @FORMS
 def test_an_adapter_on_stored_factors_is_the_one_on_computed_ones_bit_for_bit(
     llama, tmp_path, stored, options, monkeypatch
@@ -77,6 +78,7 @@ def test_an_adapter_on_stored_factors_is_the_one_on_computed_ones_bit_for_bit(
         assert same_tensors(dict(layer.named_buffers()), dict(layers(computed)[name].named_buffers()))
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"factor_bits": 8}], ids=str)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_Conv1D_layers_take_stored_factors(tmp_path, options, bits, monkeypatch):
@@ -91,6 +93,7 @@ def test_Conv1D_layers_take_stored_factors(tmp_path, options, bits, monkeypatch)
     assert torch.equal(logits(randomize(found)), expected)
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_a_trained_adapter_is_loaded_on_stored_factors(llama, tmp_path, stored, bits, monkeypatch):

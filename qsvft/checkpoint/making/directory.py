@@ -24,10 +24,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...storage.tensor_files import INDEX_NAME
+from ...storage.tensor_writer import write_tensors
 from ...storage.whole_files import check_folder_writable, whole_file
 from ..prepared.record import is_finished
 
@@ -221,11 +221,9 @@ def names_digest(names: Sequence[str] | dict[str, Any]) -> str:
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        # safetensors wraps what the file system says in words of its own.
-        full = "os error 28" in str(error) or "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, f"{path.parent}: {error}") from error
+        write_tensors(tensors, path, metadata)
+    except OSError as error:
+        raise OSError(error.errno, f"{path.parent}: {error.strerror}") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

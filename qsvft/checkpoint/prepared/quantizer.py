@@ -24,6 +24,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
+from ...storage.alignment import align_tensors
 from ...storage.factor_files import FactorFiles
 from ...storage.quantization import BITS, disable_cpu_repacking, linear_names
 from ...storage.residual import ResidualLinear
@@ -147,6 +148,7 @@ class PreparedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         result = super()._process_model_after_weight_loading(model, **kwargs)
         files, config = FactorFiles(self._stored), self.quantization_config
+        align_tensors(model)  # mapped from files that another writer may have written
         _settle(model, config)
         if config.adapter.get("residual"):
             _add_directions(model, files, config)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ...storage.tensor_writer import DTYPES
+
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that is read: safetensors' own limit."""
 
@@ -25,26 +27,6 @@ MAX_JSON_BYTES = 100_000_000
 
 MAX_DIMENSIONS = 64
 """The most dimensions of a tensor: what torch can build."""
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-"""The dtypes that a file may hold, by safetensors' names; what a weight may be is narrower (see ``names.py``)."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import namedtuple
 
 import pytest
@@ -26,7 +25,24 @@ from qsvft.checkpoint.making import job as jobs
 from qsvft.checkpoint.making.streaming import PreparationInterrupted
 from qsvft.storage.weights import dense_weight
 
-COMMAND = "from qsvft.cli.main import app; app()"
+HALTING = """
+import sys
+from qsvft.checkpoint.making import directory
+from qsvft.cli.main import app
+
+write, begun = directory.write_tensors, []
+
+def halting(tensors, path, metadata):
+    write(tensors, path, metadata)
+    begun.append(path)
+    if len(begun) == 3:
+        path.write_bytes(path.read_bytes()[:100])
+        print("half a part is written", flush=True)
+        sys.stdin.read()  # until the kill
+
+directory.write_tensors = halting
+app()
+"""
 
 
 def tensors_in(folder):
@@ -59,6 +75,7 @@ def conv(tmp_path_factory):
     return folder
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize(
     "options",
     [
@@ -82,6 +99,7 @@ def test_streamed_and_in_memory_give_the_same_bits(llama, tmp_path, options):
     assert same_tensors(tensors_in(folder), in_memory(model.get_base_model()))
 
 
+@pytest.mark.anywhere
 def test_the_base_may_stay_as_it_is(llama, tmp_path):
     folder = prepared(llama, tmp_path / "prepared", bits=16)
     weights = {name: value for name, value in tensors_in(folder).items() if not name.startswith("qsvft.")}
@@ -90,6 +108,7 @@ def test_the_base_may_stay_as_it_is(llama, tmp_path):
     )
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("bits", [4, 8])
 def test_conv1d_and_tied_heads(conv, tmp_path, bits):
     folder = prepared(conv, tmp_path / "prepared", bits=bits)
@@ -198,15 +217,16 @@ def test_interrupted_anywhere_it_goes_on_with_what_is_finished(llama, whole, tmp
 
 def test_killed_at_once_it_goes_on(tmp_path):
     source = save_llama(tmp_path / "source", hidden_size=256, intermediate_size=512, num_hidden_layers=6)
-    target, command = tmp_path / "prepared", [sys.executable, "-c", COMMAND, "prepare", str(tmp_path / "source")]
+    target, command = tmp_path / "prepared", [sys.executable, "-c", HALTING, "prepare", str(source)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, str(target)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and len(list(target.glob("model-*.safetensors"))) < 2:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with subprocess.Popen([*command, str(target)], env=environment, text=True, **pipes) as process:
+        halted = "half a part is written\n" in process.stdout
+        process.send_signal(signal.SIGKILL)
+        assert halted, process.stderr.read()[-2000:]
     finished = {path.name: path.stat().st_mtime_ns for path in target.glob("model-*.safetensors")}
-    assert len(finished) >= 2
+    assert len(finished) == 2
+    assert len(list((target / targets.WRITING).iterdir())) == 1
     assert not targets.is_finished(target)
     prepared(source, target)
     kept = {name for name, changed in finished.items() if (target / name).stat().st_mtime_ns == changed}
@@ -363,17 +383,17 @@ def test_too_little_room_is_noticed_before_any_work(llama, tmp_path, monkeypatch
 
 
 def test_a_disk_that_fills_up_leaves_whole_parts_and_says_how_to_go_on(llama, whole, tmp_path, monkeypatch):
-    save, written = targets.save_file, []
+    save, written = targets.write_tensors, []
 
     def filling(tensors, path, metadata):
-        save(tensors, path, metadata=metadata)
+        save(tensors, path, metadata)
         written.append(path)
         if len(written) == 4:
             path.write_bytes(path.read_bytes()[:200])
-            raise targets.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(targets, "save_file", filling)
+        patch.setattr(targets, "write_tensors", filling)
         with pytest.raises(OSError, match=r"No space left on device.* 3 of 9 parts .*run the same again") as caught:
             prepared(llama, tmp_path / "prepared")
     assert caught.value.errno == errno.ENOSPC

@@ -76,6 +76,7 @@ def directory(request, llama, tmp_path_factory):
     return folder, read(folder)
 
 
+@pytest.mark.anywhere
 def test_weights(directory):
     folder, tensors = directory
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -84,6 +85,7 @@ def test_weights(directory):
         assert numpy.array_equal(nf4_weight(tensors, f"{name}.weight"), held)
 
 
+@pytest.mark.anywhere
 def test_int8_weights(llama, tmp_path):
     folder = qsvft.prepare_checkpoint(llama, tmp_path / "prepared", 8, progress=False)
     tensors, name = read(folder), "model.layers.0.mlp.up_proj"
@@ -101,6 +103,7 @@ def stored_bases(tensors):
             yield owner, key, values.shape[0]
 
 
+@pytest.mark.anywhere
 def test_factors_and_their_lengths(directory, llama):
     _, tensors = directory
     model = qsvft.quantize(load(llama), progress=False)
@@ -121,6 +124,7 @@ def test_factors_and_their_lengths(directory, llama):
     assert read_by == 14
 
 
+@pytest.mark.anywhere
 def test_the_library_reads_the_same_entries(directory):
     folder, tensors = directory
     files = AutoModelForCausalLM.from_pretrained(folder).qsvft_factors
