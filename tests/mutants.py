@@ -77,7 +77,7 @@ MUTANTS = (
         "memory/methods.py",
         "for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted}",
         'for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted and name != "made_up"}',
-        ("test_options.py",),
+        ("test_declared_options.py",),
     ),
     Mutant(
         "update subtracted instead of added",
