@@ -56,9 +56,6 @@ Example = tuple[list[int], int]  # token ids, class
 Batch = tuple[dict[str, Tensor], Tensor]
 
 
-# --- the variants ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Variant:
     """A way to fine-tune: what makes it of a dense model, and the learning rates to try."""
@@ -100,9 +97,6 @@ VARIANTS = {
     "QLoRA, r = 8 (PEFT)": Variant(qlora, LORA_RATES),
     "hadamard, shared": ours(basis="hadamard", share_inputs=True),
 }
-
-
-# --- one run --------------------------------------------------------------------------------------
 
 
 def read_examples(path: Path, tokenizer: Any) -> list[Example]:
@@ -198,9 +192,6 @@ def evaluate(model: nn.Module, held_out: Sequence[Batch]) -> tuple[float | None,
     return (loss if loss < float("inf") else None), float((logits.argmax(1) == labels).float().mean())
 
 
-# --- the sweep ------------------------------------------------------------------------------------
-
-
 def sweep(task: Task, names: Sequence[str], record: dict[str, Any], path: Path) -> None:
     """Do every run that the record lacks, and write the record after each."""
     done = {(run["variant"], run["rate"], run["seed"]) for run in record["runs"]}
@@ -224,9 +215,6 @@ def open_record(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return record
     about = {"machine": results.machine("cpu"), "versions": results.versions(), "commit": results.commit()}
     return {"about": about, "settings": settings, "runs": []}
-
-
-# --- the report -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,6 @@ def make_checkpoint(folder: Path, layers: int, width: int) -> int:
     return total
 
 
-# --- in a process of its own ----------------------------------------------------------------------
-
-
 class Memory:
     """The highest RssAnon and RssFile while it is open, in bytes."""
 
@@ -148,9 +145,6 @@ def in_a_process(*arguments: str) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", __file__, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-# --- the table ------------------------------------------------------------------------------------
 
 
 def main() -> None:

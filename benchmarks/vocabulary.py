@@ -52,9 +52,6 @@ def row_error(weight: Tensor, bits: int) -> float:
     return relative(StoredMatrix.hold(weight, bits).dense(), weight)
 
 
-# --- the shipped model ----------------------------------------------------------------------------
-
-
 def untied_base() -> PreTrainedModel:
     """The shipped base model with its linears in NF4, embeddings and head as two weights in bf16."""
     model = AutoModelForCausalLM.from_pretrained(finetune.BASE_MODEL, dtype=torch.bfloat16)
@@ -116,9 +113,6 @@ def shipped(count: int, seed: int) -> Rows:
     return rows
 
 
-# --- real weights ---------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def sentence_embeddings(model: PreTrainedModel, tokenizer: Any, sentences: list[str]) -> Tensor:
     """The mean over a sentence's tokens of the last hidden states, as MiniLM is used."""
@@ -143,9 +137,6 @@ def minilm(folder: Path, sentences: list[str]) -> Rows:
         error = {"rows": row_error(weight, bits), "cosine": float(cosine.mean()), "least_cosine": float(cosine.min())}
         rows.append({"bits": bits, **error})
     return rows
-
-
-# --- showing --------------------------------------------------------------------------------------
 
 
 def show(console: Console, title: str, columns: dict[str, tuple[str, str]], rows: Rows) -> None:

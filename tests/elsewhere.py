@@ -1,6 +1,7 @@
 """The tests marked ``anywhere`` as other machines would run them.
 
-    python tests/elsewhere.py              every setting, half an hour on two cores
+    python tests/elsewhere.py              thirteen settings in which any two values meet: ten minutes on two cores
+    python tests/elsewhere.py --all        every combination: half an hour
     python tests/elsewhere.py --short      two that are far from the usual one: what CI runs
 
 A setting says where the data of foreign files begin (bytes past a multiple of 64), how many threads compute, and which
@@ -56,7 +57,16 @@ class Setting:
 
 
 SHORT = (Setting(38, 2, "default", "SSE41"), Setting(56, 1, "avx2", "AVX2"))
-EVERY = (*SHORT[:1], *(Setting(*values) for values in product(OFFSETS, THREADS, CAPABILITIES, ONEDNN)))
+ALL = (*SHORT[:1], *(Setting(*values) for values in product(OFFSETS, THREADS, CAPABILITIES, ONEDNN)))
+PAIRS = (
+    *SHORT[:1],
+    *(
+        Setting(offset, THREADS[(i + j) % 2], capability, ONEDNN[(i // 2 + j) % 2])
+        for i, offset in enumerate(OFFSETS)
+        for j, capability in enumerate(CAPABILITIES)
+    ),
+)
+"""Any value of one thing meets any value of another in one of them."""
 
 
 @cache
@@ -90,11 +100,13 @@ def run(setting: Setting, arguments: list[str]) -> tuple[int, str]:
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="two settings that are far from the usual one")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--short", action="store_true", help="two settings that are far from the usual one")
+    some.add_argument("--all", action="store_true", help="every combination of the values")
     options, arguments = parser.parse_known_args(given)
     console = Console()
     console.print(f"this processor: {_capability()}, torch {torch.__version__}")
-    asked = SHORT if options.short else EVERY
+    asked = SHORT if options.short else ALL if options.all else PAIRS
     settings = [setting for setting in asked if not setting.missing]
     for setting in asked:
         if setting.missing:

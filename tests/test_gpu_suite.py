@@ -77,9 +77,6 @@ def a_suite(suite, folder, started=1e9, seconds=3000.0):
     return suite("suite").Suite(folder, steps.Rehearsal(), plan, run, found, jobs, started, time.time() + seconds)
 
 
-# --- the rehearsal --------------------------------------------------------------------------------
-
-
 def test_a_rehearsal_runs_every_stage_in_order_and_marks_its_rows(rehearsal):
     header, *found = rows(rehearsal)
     assert header["kind"] == "run" and header["commit"] == "abc123"
@@ -144,9 +141,6 @@ def test_the_marked_tests_alone_are_run(rehearsal):
     assert len(found) > 50 and all("tests/cuda/" in row["case"] for row in found)
     assert {row["reason"] for row in found} == {"Skipped: needs a CUDA device"}
     assert "needs a CUDA device" in (rehearsal / "tests.log").read_text()
-
-
-# --- cut-offs -------------------------------------------------------------------------------------
 
 
 def test_another_call_goes_on_where_a_cut_off_left_it(suite, tmp_path, monkeypatch):
@@ -303,9 +297,6 @@ def test_the_stages_seconds_fit_into_the_command_s(suite):
     assert list(stages) == list(suite("card").STAGES)
     assert sum(stages.values()) + 2 * cases.RESERVE <= cases.LIMITS["card"] <= 8 * 60
     assert cases.BUDGETS["study"] + cases.RESERVE <= cases.LIMITS["study"] <= 6 * 60
-
-
-# --- the card's code, with stand-ins ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -477,9 +468,6 @@ def test_a_device_that_computes_something_else_has_failed(suite, tmp_path, monke
     assert found["status"] == "failed" and found["reason"] == "M differs by 1.0e-02"
 
 
-# --- the study ------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def model_in_pieces(suite, tmp_path):
     """The shipped model in two folders, its weights in two pieces; and the demo's task as data."""
@@ -538,9 +526,6 @@ def test_a_slim_wheel_holds_one_card_s_library_and_everything_else(suite, tmp_pa
         assert archive.read(libraries[2]).decode() == libraries[2]
     with pytest.raises(ValueError, match="has no library for cuda140, only cuda121, cuda130, rocm70"):
         suite("slim_wheel").slim(wheel, tmp_path / "slim", "140")
-
-
-# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_card_s_name_becomes_a_safe_folder(suite):

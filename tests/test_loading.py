@@ -180,9 +180,6 @@ def test_other_heads_load_from_it(folder):
     assert qsvft.memory.held.held_bytes(model)["base"] > 0
 
 
-# --- what the options ask -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rank", [64, 32, 12])
 def test_fewer_directions_are_the_first_of_those_stored(llama, folder, no_decomposition, rank):
     model = loaded(folder, rank=rank, rank_pattern={"k_proj": 12, "v_proj": 12})
@@ -223,9 +220,6 @@ def test_get_peft_model_takes_stored_factors_too(folder, no_decomposition):
 def test_a_copy_of_the_model_has_its_factors(folder, no_decomposition):
     model = copy.deepcopy(AutoModelForCausalLM.from_pretrained(folder))
     assert get_peft_model(model, qsvft.QSVFTConfig(rank=16)) is not None
-
-
-# --- ordinary checkpoints and the cache -----------------------------------------------------------
 
 
 def test_an_ordinary_checkpoint_is_prepared_once(llama, tmp_path, monkeypatch):
@@ -348,9 +342,6 @@ def test_hub_ids_of_either_kind(llama, tmp_path):
     assert len(kept(tmp_path / "cache")) == 1
 
 
-# --- damaged directories --------------------------------------------------------------------------
-
-
 @pytest.fixture
 def changeable(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "changeable")
@@ -400,9 +391,6 @@ def test_a_state_dict_without_its_directory_is_refused(folder):
     config = AutoConfig.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"found a state dict, expected the files of a prepared directory"):
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict={})
-
-
-# --- one result everywhere ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

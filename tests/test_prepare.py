@@ -30,9 +30,6 @@ def step_gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-# --- what comes out --------------------------------------------------------------------------------
-
-
 @pytest.mark.anywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -206,9 +203,6 @@ def test_deleting_the_model_frees_its_factors_without_the_garbage_collector(llam
         assert [reference() is None for reference in references] == [True, True, True]
     finally:
         gc.enable()
-
-
-# --- what is refused -------------------------------------------------------------------------------
 
 
 def with_weight(model, name, change):
@@ -404,8 +398,6 @@ def test_progress_is_shown_unless_it_is_switched_off(llama, shown, monkeypatch):
     qsvft.prepare(load(llama), bits=4, progress=shown)
     assert bars == [("quantising to 4 bits", shown), ("decomposing", shown)]
 
-
-# --- the lean options ------------------------------------------------------------------------------
 
 LEANEST = {
     "factor_bits": 4,

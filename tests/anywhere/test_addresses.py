@@ -131,8 +131,6 @@ def test_a_single_direction_is_the_same_wherever_the_weight_lies(decomposer, sha
         assert torch.equal(found.s, expected.s), offset
 
 
-# --- threads --------------------------------------------------------------------------------------
-
 LARGE = (640, 512)
 BITWISE = ("nf4", "int8", "sketch", "stored in 16", "stored in 8", "stored in 4")
 

@@ -148,9 +148,6 @@ def test_in_memory_only_numbers_at_odd_addresses_are_moved(llama, tmp_path, offs
     assert odd or torch.equal(logits(model), expected)
 
 
-# --- what is written ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_every_written_tensor_lies_at_a_multiple_of_64_or_of_its_own_divisor(llama, tmp_path, options):
     sizes = {"F32": 4, "BF16": 2, "U8": 1, "I8": 1}

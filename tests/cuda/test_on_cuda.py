@@ -147,9 +147,6 @@ def test_trainer_takes_a_model_prepared_on_the_cpu_to_the_card(llama, tmp_path):
     assert all(not torch.equal(after[name].cpu(), before[name]) for name in after)
 
 
-# --- adapters that cross over ---------------------------------------------------------------------
-
-
 def quantized(llama, quantized_on, device):
     """The 4-bit fp32 Llama on a device, quantised there or elsewhere."""
     return qsvft.quantize(load(llama, torch.float32).to(quantized_on), 4, progress=False).to(device)
@@ -196,8 +193,6 @@ def test_both_devices_quantise_to_the_same_weight():
     assert float((found[0] != found[1]).float().mean()) == 0
 
 
-# --- bytes ----------------------------------------------------------------------------------------
-
 BAND, FIXED = 0.08, 48 * 2**20  # of the prediction; and cuBLAS's workspaces, which the ledger does not count
 
 
@@ -225,9 +220,6 @@ def test_the_allocators_peak_is_within_the_band_of_the_prediction(method, monkey
     before = card.allocated()
     found = card.peak(build(config, parse_method(method), DEVICE), 1024, before)
     assert abs(found["allocated_bytes"] - predicted) <= BAND * predicted + FIXED
-
-
-# --- prepared directories -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"factor_bits": 4, "rank": 24}], ids=str)

@@ -146,9 +146,6 @@ def commands(text: str) -> list[str]:
     return [line for line in joined if shlex.split(line, comments=True)]
 
 
-# --- commands that are not run as they are --------------------------------------------------------
-
-
 class _ArgumentsParsed(BaseException):
     """A script's arguments are understood; no more of it is to run."""
 

@@ -62,9 +62,6 @@ def held_storages(model):
     return {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
 
-# --- the same step ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no checkpointing"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_the_gradients_are_bitwise_those_without_offloading(llama, bits, checkpointing, travelled):
@@ -194,9 +191,6 @@ def test_a_trainer_that_switches_checkpointing_on_itself_still_offloads(llama, t
     assert same_tensors(*results)
 
 
-# --- what the ledger sees --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text", ["floor", "qsvft:rank=32,chunked_loss=false"])
 def test_the_ledger_sees_what_is_saved_leave_and_come_back(text, travelled):
     config = model_config("tiny")
@@ -219,9 +213,6 @@ def test_the_ledger_sees_what_is_saved_leave_and_come_back(text, travelled):
     assert before.categories["saved activations"] - after.categories["saved activations"] == expected
     assert before.nbytes - after.nbytes == expected
     assert before.categories["logits and loss"] == after.categories["logits and loss"]
-
-
-# --- nothing left behind ---------------------------------------------------------------------------
 
 
 class StopHereError(Exception):
@@ -318,9 +309,6 @@ def test_deleting_a_model_that_offloads_frees_it_without_the_garbage_collector(l
         assert not [reference for reference in references if reference() is not None]
     finally:
         gc.enable()
-
-
-# --- which modules ---------------------------------------------------------------------------------
 
 
 def test_the_hooks_stand_on_the_modules_that_run_the_layers():

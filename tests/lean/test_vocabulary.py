@@ -58,9 +58,6 @@ def distance(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
-# --- what they compute -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_embedding_gives_the_rows_held_in_the_dtype_it_had(bits, dtype):
@@ -152,9 +149,6 @@ def test_no_tokens_give_no_logits_and_still_a_backward():
     assert x.grad.shape == (0, 72)
 
 
-# --- what they keep --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_head_keeps_no_activation_for_the_backward(bits):
     model = quantize_embeddings(Vocabulary(), bits)
@@ -238,8 +232,6 @@ def test_the_modules_stay_the_same_objects_with_their_hooks(llama):
     model.disable_input_require_grads()
     assert not embedding(tokens()).requires_grad
 
-
-# --- in models -------------------------------------------------------------------------------------
 
 SMALL = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = {
@@ -348,9 +340,6 @@ def test_a_model_without_a_quantised_vocabulary_is_left_when_made_dense(model):
     assert same_tensors(state(dequantize_vocabulary(model)), before)
 
 
-# --- with adapters ---------------------------------------------------------------------------------
-
-
 def base(folder, bits, vocabulary_bits=None):
     model = qsvft.quantize(load(folder), bits, progress=False)
     return model if vocabulary_bits is None else quantize_embeddings(model, vocabulary_bits)
@@ -440,9 +429,6 @@ def test_a_state_dict_of_the_whole_model_holds_the_vocabulary(folder):
     assert not torch.equal(logits(other), logits(model))
     other.load_state_dict(state(model))
     assert torch.equal(logits(other), logits(model))
-
-
-# --- what is left or refused -----------------------------------------------------------------------
 
 
 class NormedEmbedding(nn.Embedding):

@@ -62,9 +62,6 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float(torch.linalg.vector_norm(found.double() - truth) / torch.linalg.vector_norm(truth))
 
 
-# --- the band's layout ----------------------------------------------------------------------------
-
-
 @settings(max_examples=40, deadline=None)
 @given(ranks_and_bands)
 def test_band_places_each_entry_by_row_and_distance_from_the_diagonal(case):
@@ -101,9 +98,6 @@ def test_transposed_band_is_the_band_of_the_transposed_matrix(case):
 def test_rows_of_entries_follow_from_the_offsets_also_where_rows_are_empty():
     pattern = IndexPattern(5, torch.tensor([1, 3, 15, 19, 16]))
     assert entry_rows(pattern.columns, pattern.offsets).tolist() == [0, 0, 3, 3, 3]
-
-
-# --- against the dense matrix ---------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)

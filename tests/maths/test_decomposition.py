@@ -229,9 +229,6 @@ def test_the_weight_is_not_changed(method):
     assert torch.equal(W, before)
 
 
-# --- the other side --------------------------------------------------------------------------------
-
-
 def with_singular_values(m: int, n: int, s: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(m + n)
     left = torch.linalg.qr(torch.randn(m, len(s), dtype=torch.float64, generator=generator))[0]
@@ -270,9 +267,6 @@ def test_both_sides_are_those_of_the_svd(m, n):
     close(parts.s, s)
     close(parts.V, right * signs)
     close(parts.U, left.T * signs)
-
-
-# --- in stretches, and stacked ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sides", ["one", "both"])
@@ -323,9 +317,6 @@ def test_on_meta_only_shapes_are_made():
     assert (s.shape, V.shape, V.device.type) == ((5,), (5, 8), "meta")
 
 
-# --- in fp32 ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("randomized", [False, True])
 @pytest.mark.parametrize("sides", ["one", "both"])
 @pytest.mark.parametrize(("m", "n"), [(40, 40), (61, 40), (40, 75), (90, 40)])
@@ -340,9 +331,6 @@ def test_in_fp32_the_vectors_are_fp32_and_those_of_fp64_to_its_rounding(m, n, si
     for factor in (parts.U, parts.V):
         if factor is not None:
             assert float((factor @ factor.T - torch.eye(20)).abs().max()) < 1e-5
-
-
-# --- which method ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

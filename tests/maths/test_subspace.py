@@ -56,9 +56,6 @@ def orthonormal(rows: Tensor) -> None:
     assert float((rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)).abs().max()) < 1e-12
 
 
-# --- the start -------------------------------------------------------------------------------------
-
-
 def test_the_start_is_integer_arithmetic_that_python_repeats():
     prime = 2**31 - 1
     found = start(50, 3, 4)
@@ -92,9 +89,6 @@ def test_the_start_is_as_well_conditioned_as_independent_noise(size, count):
     assert float(s[0]) < 1.1 * (size**0.5 + count**0.5)
     assert size == count or float(s[-1]) > 0.9 * (size**0.5 - count**0.5)
     assert float(omega.abs().max()) <= 3**0.5 and abs(float(omega.mean())) < 5 / (size * count) ** 0.5
-
-
-# --- what the directions are -----------------------------------------------------------------------
 
 
 @EACH
@@ -174,9 +168,6 @@ def test_the_weight_is_read_a_few_times_whatever_the_rank():
         reads.clear()
         leading_directions(product, SIZE, rank, torch.float64, torch.device("cpu"))
         assert len(reads) == subspace.BLOCKS and sum(reads) <= max(4 * rank, 7 * subspace.LEAST_BLOCK)
-
-
-# --- reproducible ----------------------------------------------------------------------------------
 
 
 def with_threads(W: Tensor, count: int) -> Tensor:

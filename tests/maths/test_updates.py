@@ -105,9 +105,6 @@ EACH_PATTERN = pytest.mark.parametrize("pattern", PATTERNS)
 EACH_SMALL_SHAPE = pytest.mark.parametrize(("form", "m", "n", "k"), SMALL)
 
 
-# --- how exact ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("form", "m", "n", "k"), SHAPES)
 @EACH_PATTERN
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -153,9 +150,6 @@ def test_any_shape_rank_and_band_gives_the_naive_formula(form, shape, data, patt
     found, truth = (output_and_gradients(f, form, p) for f in (ours, naive))
     for name, true in truth.items():
         torch.testing.assert_close(found[name], true, rtol=1e-9, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
-
-
-# --- M = 0, batch dimensions, empty batches -------------------------------------------------------
 
 
 @pytest.mark.parametrize(("form", "m", "n", "k"), SHAPES)
@@ -223,9 +217,6 @@ def test_update_read_in_a_lower_dtype_is_added_in_the_dtype_of_the_base(pattern)
     torch.testing.assert_close(y, base + update.float())
     y.sum().backward()
     assert torch.equal(base.grad, torch.ones_like(base)) and values.grad.dtype == torch.float32
-
-
-# --- the forms and the scale ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("form", "m", "n", "k"), [s for s in SHAPES if s[0] != "both"])
@@ -301,9 +292,6 @@ def test_rank_deficient_weights_give_finite_outputs_and_gradients(form, m, n, ta
         assert bool(torch.isfinite(found).all()), name
 
 
-# --- what autograd keeps --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("form", "m", "n", "k"), [("input", 60, 40, 30), ("output", 40, 60, 30), ("both", 60, 50, 30)])
 @EACH_PATTERN
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -335,9 +323,6 @@ def test_inputs_are_not_changed(pattern):
         output_and_gradients(ours, form, p)
     for name, old in before.items():
         assert torch.equal(getattr(p, name), old), name
-
-
-# --- torch.compile --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("form", "m", "n", "k"), [("input", 60, 40, 30), ("output", 40, 60, 30), ("both", 60, 50, 30)])

@@ -34,9 +34,6 @@ def bare(peaks, **changes):
     return qsvft.MemoryReport("made up", 1, 8, True, "adamw", "meta", {}, rows, **changes)
 
 
-# --- rows -----------------------------------------------------------------------------------------
-
-
 def test_every_method_runs_on_the_tiny_preset(report):
     assert [row.method for row in report.rows] == list(METHODS)
     assert [row.error for row in report.rows] == [None] * len(METHODS)
@@ -95,9 +92,6 @@ def test_a_rival_that_was_not_asked_for_has_no_ratio():
     assert report.times_smaller(report.rows[0]) == {"lora": 2.5}
 
 
-# --- cards ----------------------------------------------------------------------------------------
-
-
 def test_a_card_fits_up_to_the_allowance_and_not_above():
     for card in CARDS_GIB:
         limit = usable_bytes(card)
@@ -122,9 +116,6 @@ def test_cards_are_sorted_and_each_once():
 def test_a_card_of_no_size_is_refused(size):
     with pytest.raises(ValueError, match="expected a size in GiB above 0"):
         check_cards([size])
-
-
-# --- the longest sequence -------------------------------------------------------------------------
 
 
 def test_the_longest_sequence_fits_and_the_next_does_not():
@@ -176,9 +167,6 @@ def test_a_card_too_small_for_128_tokens_says_none():
     assert report.rows[0].max_seq_len == 0
     assert "none" in str(report)
     assert report.to_dict()["rows"][0]["max_seq_len"] is None
-
-
-# --- what can be profiled -------------------------------------------------------------------------
 
 
 def test_a_model_its_config_and_its_directory_give_the_same_bytes(llama):
@@ -269,9 +257,6 @@ def test_a_model_larger_than_the_free_memory_is_not_measured(monkeypatch):
     monkeypatch.setattr("qsvft.memory.measured.free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"cannot measure 'tiny'.*free on cpu"):
         check_room("tiny", model_config("tiny"), "cpu")
-
-
-# --- output ---------------------------------------------------------------------------------------
 
 
 def test_the_json_holds_every_row_and_what_it_was_made_with(report, tmp_path):

@@ -59,9 +59,6 @@ def same_parts(left: StoredBasis, right: StoredBasis) -> bool:
     return left.stored.layout == right.stored.layout and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-# --- names -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("prefix", ["", "base_model.model.", "model.", "a.qsvfty."])
 @pytest.mark.parametrize("owner", [OWNER, "", "0", "h.0.mlp"])
 def test_a_name_is_read_back_whatever_stands_before_it(prefix, owner):
@@ -86,9 +83,6 @@ def test_names_are_those_of_the_format():
         f"qsvft.model/layers/0/self_attn/o_proj.V_x.{part}" for part in ("codes", "maxima", "scales", "s", "rms")
     }
     assert set(tensors(16)) == {f"qsvft.model/layers/0/self_attn/o_proj.V_x.{part}" for part in ("values", "s", "rms")}
-
-
-# --- reading what was written ----------------------------------------------------------------------
 
 
 @BITS
@@ -192,8 +186,6 @@ def test_shards_are_found_through_the_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     assert same_parts(read(factors_in(tmp_path)), basis(4))
 
-
-# --- what does not fit -----------------------------------------------------------------------------
 
 DAMAGE = {
     "values of another dtype": (16, "values", lambda t: t.float(), "torch.float32 of shape"),

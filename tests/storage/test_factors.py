@@ -156,9 +156,6 @@ def test_a_longer_basis_adds_directions_and_leaves_those_held_as_they_are(bits):
     assert torch.equal(basis.dense(torch.float32)[7:], whole.dense(torch.float32)[7:])
 
 
-# --- one V for several weights ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rows", [(40, 40, 40), (40, 10, 10), (5, 6)])
 def test_the_shared_basis_is_that_of_the_stacked_weight(rows):
     weights = [make_weight(m, 40, seed=m + i) for i, m in enumerate(rows)]

@@ -71,9 +71,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-# --- which layers, in place -----------------------------------------------------------------------
-
-
 @BITS
 @DTYPES
 def test_linears_are_replaced_in_place_and_keep_their_weight_within_the_rounding_of_the_bits(bits, dtype):
@@ -176,9 +173,6 @@ def test_layers_that_share_a_weight_share_it_when_dense_again(bits):
     assert model["b"].weight.data_ptr() == model["a"].weight.data_ptr()
 
 
-# --- transformers models --------------------------------------------------------------------------
-
-
 @BITS
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_logits_stay_close_to_those_of_the_original(bits, build):
@@ -237,9 +231,6 @@ def test_conv1d_is_turned_so_that_the_dense_weight_is_outputs_by_inputs(bits):
     assert dense_weight(model[0]).shape == (96, 64)
     assert relative(dense_weight(model[0]), weight) < WORST[bits]
     assert relative(model(x), conv(x)) < WORST[bits]
-
-
-# --- reading back ---------------------------------------------------------------------------------
 
 
 @BITS
@@ -349,9 +340,6 @@ def test_description_of_a_base_names_bits_and_type():
     assert described[4]["dtype"] == described[16]["dtype"] == "bfloat16"
 
 
-# --- refusals -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bits", [0, 2, 32, "4", None])
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match=r"4 \(NF4\), 8 \(int8\) or 16"):
@@ -415,9 +403,6 @@ def test_a_4bit_layer_that_was_never_quantised_is_refused():
         check_weight("proj", bnb.nn.Linear4bit(8, 8, quant_type="nf4"))
 
 
-# --- the AVX512 repacking -------------------------------------------------------------------------
-
-
 def test_repacking_is_switched_off_on_every_4bit_layer():
     model = quantized(llama())
     assert {model.get_submodule(name).support_avx512bf16_for_cpu for name in quantized_names(model)} == {False}
@@ -442,9 +427,6 @@ def test_a_packed_weight_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=r"^2: .*repacked"):
             refuse()
-
-
-# --- memory ---------------------------------------------------------------------------------------
 
 
 @BITS

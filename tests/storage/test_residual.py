@@ -38,9 +38,6 @@ def layers(model: nn.Module) -> list[QSVFTLinear]:
     return [m for m in model.modules() if isinstance(m, QSVFTLinear)]
 
 
-# --- the weight ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("m", "n"), [(96, 64), (64, 96), (64, 64)])
 def test_with_all_directions_the_weight_is_nearly_the_original(m, n):
     W = linear(m, n).weight.detach()
@@ -86,9 +83,6 @@ def test_casting_the_model_leaves_the_scales_and_directions():
     nn.Sequential(layer).to(torch.bfloat16)
     assert layer.qsvft_s.dtype == torch.float32
     torch.testing.assert_close(dense_weight(layer), before, rtol=0, atol=0)
-
-
-# --- the adapter on it -----------------------------------------------------------------------------
 
 
 @pytest.mark.anywhere
@@ -169,9 +163,6 @@ def test_it_trains_with_checkpointing_and_autocast(llama):
     with torch.autocast("cpu", torch.bfloat16):
         model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
     assert all(p.grad.any() and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
-
-
-# --- what is refused -------------------------------------------------------------------------------
 
 
 def test_a_base_that_is_quantised_already_is_refused_by_name(llama):

@@ -43,9 +43,6 @@ def expected(layer: QSVFTLinear, rank: int, method: Decomposer) -> torch.Tensor:
     return V.bfloat16()
 
 
-# --- keys ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("decomposition", "rank", "part", "method"),
     [
@@ -76,9 +73,6 @@ def test_a_key_says_how_the_vectors_were_computed(decomposition, rank, part, met
 def test_the_hadamard_basis_is_not_decomposed(decomposition):
     hadamard = QSVFTConfig(basis="hadamard", decomposition=decomposition)
     assert form_of(hadamard, (2048, 1024), 64) == form_of(QSVFTConfig(basis="hadamard"), (2048, 1024), 64)
-
-
-# --- what a layer holds ----------------------------------------------------------------------------
 
 
 def test_a_large_weight_with_a_small_rank_gets_randomized_directions_by_itself():
@@ -117,9 +111,6 @@ def test_layers_that_share_an_input_hold_the_randomized_directions_of_their_stac
     assert q.basis(key) is k.basis(key) is v.basis(key)
     weights = [layer.original_weight() for layer in (q, k, v)]
     assert torch.equal(held(q, key), shared_directions(lambda: weights, 12, RANDOMIZED)[1].bfloat16())
-
-
-# --- saved and loaded ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"factor_bits": 4}], ids=str)

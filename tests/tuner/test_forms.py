@@ -50,9 +50,6 @@ def dense_delta(layer: QSVFTLinear, values: torch.Tensor, name: str = "default")
     return inward.T @ (M * scale) @ inward @ W
 
 
-# --- forward, backward, merge ----------------------------------------------------------------------
-
-
 @EACH_WAY
 @EACH_SHAPE
 @pytest.mark.parametrize("bias", [True, False])
@@ -108,9 +105,6 @@ def test_with_M_at_zero_it_is_the_base_bit_for_bit(shape, way):
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-# --- what is kept ----------------------------------------------------------------------------------
-
-
 @EACH_WAY
 @EACH_SHAPE
 @pytest.mark.parametrize("pattern", ["banded", "plain", "random"])
@@ -141,9 +135,6 @@ def test_changing_M_between_forward_and_backward_is_refused():
         layer.qsvft_M["default"].add_(1)
     with pytest.raises(RuntimeError, match="M was changed in place between the forward and the backward"):
         y.sum().backward()
-
-
-# --- several adapters, growing ranks ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("other", LEAN, ids=str)
@@ -191,8 +182,6 @@ def test_a_deleted_adapter_leaves_nothing_keyed_by_its_name(llama, way):
     assert torch.equal(logits(model), expected)
 
 
-# --- saved and loaded ------------------------------------------------------------------------------
-
 SAVED = [*LEAN, {"factor_bits": 4, "pattern": "top_k", "rank": 30}, {"basis": "hadamard", "pattern": "random"}]
 
 
@@ -216,9 +205,6 @@ def test_an_adapter_read_with_another_basis_is_refused(llama, tmp_path, way, cha
         setattr(config, name, value)
     with pytest.raises(ValueError, match=r"(its probe differs by|has no qsvft_scale|expected torch.float32 of shape)"):
         PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path, config=config)
-
-
-# --- the Hadamard basis is portable ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -270,9 +256,6 @@ def test_keys_name_the_side_the_holding_and_the_group():
     assert keys((8, 9), sides="both", factor_bits=8, residual=True) == ("V_int8_original", "U_int8_original")
     assert keys((8, 9), "q_k", share_inputs=True) == ("V_bf16_of_q_k",)
     assert keys((8, 9), basis="hadamard", seed=3) == ("U_hadamard_3_8",)
-
-
-# --- training --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", [*LEAN, {"sides": "both", "residual": True}], ids=str)

@@ -41,9 +41,6 @@ def with_M(llama, **options) -> PeftModel:
     return randomize(qsvft.prepare(load(llama, torch.float32), bits=4, off_diagonals=4, **options), scale=0.3)
 
 
-# --- which layers ----------------------------------------------------------------------------------
-
-
 def test_llama_shares_q_k_v_and_gate_up(llama):
     parts = [[name.split(".")[-1] for name in members] for members in grouped(load(llama))]
     assert parts == 2 * [["gate_proj", "up_proj"], ["q_proj", "k_proj", "v_proj"]] or sorted(parts) == sorted(
@@ -77,9 +74,6 @@ def test_only_what_is_asked_for_and_targeted_is_shared(llama):
     assert keys == {("V_bf16_of_q_proj_v_proj",), ("V_bf16",)}
 
 
-# --- held once -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_group_holds_one_basis_and_each_layer_its_own_scale_and_M(llama, options):
     model = with_M(llama, **options)
@@ -105,9 +99,6 @@ def test_the_bytes_of_a_shared_factor_count_once(tmp_path):
     shared, alone = (qsvft.held_bytes(with_M(folder, share_inputs=share))["factors"] for share in (True, False))
     layer = 2 * 64 * 64
     assert alone - shared == 2 * 3 * layer
-
-
-# --- computed once ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -151,9 +142,6 @@ def test_layers_that_do_not_read_the_same_input_compute_for_themselves(llama):
     for found, layer, a in zip(together, (q, k), (x, other), strict=True):
         exact = a @ (layer.original_weight() + layer.get_delta_weight("default")).T
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
-
-
-# --- everything else as before ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

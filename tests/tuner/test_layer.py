@@ -263,9 +263,6 @@ def test_an_empty_batch_has_an_empty_output_and_a_zero_gradient():
     assert torch.equal(layer.qsvft_M["default"].grad, torch.zeros_like(layer.qsvft_M["default"]))
 
 
-# --- merging ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("sides", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -348,9 +345,6 @@ def test_merging_twice_warns_and_adds_nothing():
     assert torch.equal(layer.base_layer.weight, weight)
 
 
-# --- dtypes ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_the_model_keeps_M_in_fp32_and_the_factors_in_bf16(dtype):
     layer = adapted(linear(SHAPES["tall"]), sides="both")
@@ -383,9 +377,6 @@ def test_the_forward_refuses_an_M_that_is_not_fp32():
     layer.qsvft_M["default"] = nn.Parameter(layer.qsvft_M["default"].detach().bfloat16())
     with pytest.raises(RuntimeError, match=r"block\.layer: M of adapter 'default' is torch\.bfloat16; expected torch"):
         layer(torch.randn(1, layer.in_features))
-
-
-# --- other base layers -----------------------------------------------------------------------------
 
 
 class PackedLinear(nn.Module):
@@ -457,9 +448,6 @@ def test_zero_singular_values_give_finite_outputs_even_without_damping():
     y = layer(x)
     assert torch.isfinite(y).all()
     assert all(torch.isfinite(g).all() for g in gradients(y, layer, x))
-
-
-# --- copies and compilation ------------------------------------------------------------------------
 
 
 def test_a_deep_copy_has_the_same_outputs_and_shares_nothing():

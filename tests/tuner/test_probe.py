@@ -30,9 +30,6 @@ def probe(W: torch.Tensor, bits: int = 16, **options) -> torch.Tensor:
     return adapted(W, bits, **options).qsvft_probe["default"]
 
 
-# --- the noise and the sketch ---------------------------------------------------------------------
-
-
 def test_noise_follows_its_formula_in_plain_python():
     golden = 0.6180339887498949
     for salt in (1, 2, 17):
@@ -92,9 +89,6 @@ def test_a_sketch_is_kept_to_18_bits_which_hide_the_order_of_sums():
     assert float((found != other).double().mean()) < 2e-3
 
 
-# --- the comparison -------------------------------------------------------------------------------
-
-
 def test_relative_difference_is_relative_and_zero_for_equals():
     expected = torch.tensor([3.0, 4.0])
     assert relative_difference(expected, expected) == 0
@@ -109,8 +103,6 @@ def test_relative_difference_of_zeros_and_of_nan():
     assert relative_difference(nan, one) == math.inf
     assert relative_difference(one, nan) == math.inf
 
-
-# --- the probe of a layer -------------------------------------------------------------------------
 
 MAPS = {
     "one-sided": {},
@@ -248,9 +240,6 @@ def test_a_nan_probe_is_refused():
     layer._verified.clear()
     with pytest.raises(ValueError, match="does not fit"):
         layer(torch.randn(2, 32))
-
-
-# --- the digest of contents -----------------------------------------------------------------------
 
 
 def test_content_digest_is_the_sha256_of_bytes_and_strings_in_order():

@@ -62,9 +62,6 @@ def edit_config(adapter, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# --- what is written -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k"])
 def test_the_file_holds_M_probe_base_and_digest_of_each_layer_and_no_factor(llama, tmp_path, pattern):
     model = qsvft.prepare(load(llama), bits=4, pattern=pattern, sides="both", off_diagonals=2)
@@ -94,9 +91,6 @@ def test_saving_twice_writes_the_same_bytes(llama, tmp_path):
     model.save_pretrained(tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
-
-
-# --- round trips -----------------------------------------------------------------------------------
 
 
 @pytest.mark.anywhere
@@ -185,8 +179,6 @@ def test_a_trained_head_is_saved_and_restored_with_the_adapter(llama, tmp_path):
     again = PeftModel.from_pretrained(qsvft.quantize(classifier(), 4, skip_modules=["score"]), tmp_path)
     assert torch.equal(logits(again), expected)
 
-
-# --- a base that does not fit ----------------------------------------------------------------------
 
 WRONG_BASES = {
     "another checkpoint": lambda llama, other: base(other),
@@ -282,8 +274,6 @@ def test_another_seed_of_a_random_pattern_is_refused(llama, tmp_path):
     ):
         PeftModel.from_pretrained(base(llama), tmp_path)
 
-
-# --- a file that is damaged ------------------------------------------------------------------------
 
 LAYER = "base_model.model.model.layers.1.self_attn.v_proj"
 
@@ -440,9 +430,6 @@ def test_random_byte_flips_are_refused_or_harmless(llama, tmp_path):
         assert same_tensors(coefficients(loaded), M), f"flips of seed {seed} gave another adapter"
         fresh = loaded.unload()
     assert refused > 140
-
-
-# --- a crash while saving --------------------------------------------------------------------------
 
 
 def test_a_disk_that_fills_up_midway_leaves_the_old_adapter_whole(llama, saved, adapter):

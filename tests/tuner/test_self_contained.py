@@ -83,9 +83,6 @@ def edit_config(adapter, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# --- round trips -----------------------------------------------------------------------------------
-
-
 @pytest.mark.anywhere
 @FORMS
 def test_a_reloaded_adapter_is_the_same_bit_for_bit_and_nothing_is_decomposed(llama, tmp_path, options, monkeypatch):
@@ -155,9 +152,6 @@ def test_a_model_of_bare_layers_is_reloaded(tmp_path, monkeypatch):
     for name, size in (("q_proj", 32), ("k_proj", 32), ("out", 48)):
         x = torch.randn(3, size)
         assert torch.equal(layers(again)[name](x), layers(model)[name](x))
-
-
-# --- what is written -------------------------------------------------------------------------------
 
 
 def test_factors_are_written_once_for_layers_that_share_them(llama, tmp_path):
@@ -264,9 +258,6 @@ def test_saving_over_the_adapter_that_was_loaded_works(llama, adapter, saved):
     model.save_pretrained(adapter)
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(PeftModel.from_pretrained(base(llama), adapter)), expected)
-
-
-# --- other doors -----------------------------------------------------------------------------------
 
 
 @pytest.mark.anywhere
@@ -379,9 +370,6 @@ def test_the_trainers_checkpoints_are_self_contained(llama, tmp_path, monkeypatc
     assert len(list(Path(tmp_path).glob(f"checkpoint-*/{WEIGHTS}"))) == 2
 
 
-# --- other factors than would come out here --------------------------------------------------------
-
-
 def test_an_adapter_of_other_signs_is_loaded_with_its_own_factors(llama, saved, monkeypatch):
     forbid_decomposing(monkeypatch)
     model = PeftModel.from_pretrained(base(llama), saved[0])
@@ -471,8 +459,6 @@ def test_a_refused_adapter_leaves_the_model_with_its_first_adapter_working(llama
     model.set_adapter("default")
     assert torch.equal(logits(model), saved[1])
 
-
-# --- hostile files ---------------------------------------------------------------------------------
 
 VALUES = "base_model.model.qsvft.model/layers/1/self_attn.V_bf16_of_q_proj_k_proj_v_proj.values"
 OUTPUT = "base_model.model.qsvft.model/layers/1/mlp/down_proj.U_bf16"

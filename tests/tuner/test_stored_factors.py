@@ -56,9 +56,6 @@ def stored(llama, tmp_path):
     return lambda **options: prepared_llama(tmp_path / str(next(count)), llama, off_diagonals=2, **options)
 
 
-# --- attached without decomposing ------------------------------------------------------------------
-
-
 @pytest.mark.anywhere
 @FORMS
 def test_an_adapter_on_stored_factors_is_the_one_on_computed_ones_bit_for_bit(
@@ -203,9 +200,6 @@ def test_factors_in_other_bits_than_their_key_says_are_refused(llama, tmp_path):
         prepare(model)
 
 
-# --- several adapters, copies ----------------------------------------------------------------------
-
-
 def test_adapters_of_several_ranks_share_the_stored_directions(llama, stored, monkeypatch):
     model = base(llama)
     qsvft.use_factors(model, stored(decomposition="exact"))
@@ -256,9 +250,6 @@ def test_what_was_computed_here_stays_beside_what_is_given_later(llama, stored, 
     assert torch.equal(logits(randomize(model, "later", seed=5)), expected)
 
 
-# --- another decomposition -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"share_inputs": False}], ids=str)
 def test_an_adapter_trained_on_other_signs_fits_with_its_factors_alone(llama, tmp_path, stored, options):
     with pytest.MonkeyPatch.context() as patch:
@@ -293,9 +284,6 @@ def test_a_forward_with_a_probe_of_other_factors_names_the_way_out(llama):
     layer._verified.clear()
     with pytest.raises(ValueError, match=r"does not fit this base model.*use_factors\(model, DIR\).*include_factors"):
         logits(model)
-
-
-# --- use_factors -----------------------------------------------------------------------------------
 
 
 def test_use_factors_refuses_another_models_by_name(llama, other_llama, stored):

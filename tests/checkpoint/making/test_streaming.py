@@ -158,9 +158,6 @@ def test_the_bar_shows_the_part_done_and_the_time_left(llama, tmp_path, monkeypa
     assert re.search(r"preparing: 100%\|.*9/9 \[\d\d:\d\d<00:00\]", shown)
 
 
-# --- interrupted ----------------------------------------------------------------------------------
-
-
 class Stops:
     """Lets a number of units pass and then raises."""
 
@@ -324,9 +321,6 @@ def test_other_options_are_noticed(llama, tmp_path, monkeypatch):
         prepared(llama, folder, rank=16)
 
 
-# --- targets --------------------------------------------------------------------------------------
-
-
 def test_a_finished_target_is_not_touched(llama, whole):
     before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
     with pytest.raises(ValueError, match="a prepared model stands here already"):
@@ -435,9 +429,6 @@ def test_bad_options_are_refused_before_anything_is_written(llama, tmp_path, opt
     with pytest.raises(ValueError, match=message):
         prepared(llama, tmp_path / "prepared", **options)
     assert not (tmp_path / "prepared" / targets.MANIFEST).exists()
-
-
-# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow

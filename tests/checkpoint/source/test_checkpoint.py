@@ -65,9 +65,6 @@ def change_index(folder, change):
     (folder / INDEX).write_text(json.dumps(index))
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 def test_tensors_are_those_that_safetensors_reads(folder):
     checkpoint = open_checkpoint(folder)
     expected = load_file(folder / "model.safetensors")
@@ -173,9 +170,6 @@ def test_another_process_can_read(folder):
     assert pickle.loads(pickle.dumps(checkpoint)) == checkpoint
 
 
-# --- has it changed? ------------------------------------------------------------------------------
-
-
 def test_the_fingerprint_is_json_and_tells_checkpoints_apart(sharded, folder, llama):
     first = open_checkpoint(sharded).fingerprint()
     assert json.loads(json.dumps(first)) == first == open_checkpoint(sharded).fingerprint()
@@ -211,9 +205,6 @@ def test_a_file_that_changed_is_not_read(folder, what):
         checkpoint.check_unchanged()
     with pytest.raises(ValueError, match=r"model\.safetensors: (changed|gone) since the checkpoint was opened"):
         checkpoint.read("a")
-
-
-# --- which files ----------------------------------------------------------------------------------
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):
@@ -276,9 +267,6 @@ def test_large_json_is_not_read(sharded, monkeypatch):
     (sharded / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"{INDEX}: found \d+ bytes, expected at most 1000"):
         open_checkpoint(sharded)
-
-
-# --- index and shards -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]", "no"])

@@ -111,9 +111,6 @@ def change_tensors(folder, change):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-# --- architectures --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_llama(tmp_path, tied, dtype):
@@ -218,9 +215,6 @@ def test_without_transformers_tables_other_names_are_refused(tmp_path, monkeypat
         gathered(tmp_path)
 
 
-# --- tied weights ---------------------------------------------------------------------------------
-
-
 def only_head(tensors):
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
 
@@ -256,9 +250,6 @@ def test_weights_that_are_equal_once_cast_are_tied(tmp_path):
     change_tensors(folder, change)
     assert check_as_loaded(folder, AutoModelForCausalLM, torch.bfloat16)[1]
     assert not check_as_loaded(folder, AutoModelForCausalLM, torch.float32)[1]
-
-
-# --- pieces ---------------------------------------------------------------------------------------
 
 
 def test_each_piece_reads_only_its_own_keys(tmp_path, monkeypatch):
@@ -299,9 +290,6 @@ def test_a_file_that_changed_after_matching_is_not_read(tmp_path):
     change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64)}))
     with pytest.raises(ValueError, match=r"model\.safetensors: changed since"):
         read_piece(checkpoint, pieces[0], model)
-
-
-# --- what does not fit ----------------------------------------------------------------------------
 
 
 def test_parameters_that_no_key_gives_are_named(tmp_path):

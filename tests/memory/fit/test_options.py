@@ -62,9 +62,6 @@ def described(model):
     }
 
 
-# --- what comes out -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("place", [0, 1, 3, -1])
 def test_the_layers_are_exactly_those_of_the_recommendation(llama, rungs, place):
     rung, card = rungs[place]
@@ -144,9 +141,6 @@ def test_without_a_card_the_defaults_are_what_they_were(model):
     assert found["checkpointing"] is True and found["offload"] is False and not found["vocabulary"]
 
 
-# --- from_pretrained ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("place", [0, 3, -1])
 def test_a_checkpoint_is_prepared_as_the_card_asks(llama, rungs, tmp_path, place):
     fit = {"card_gib": rungs[place][1], "seq_len": TOKENS}
@@ -187,9 +181,6 @@ def test_where_nothing_fits_nothing_is_prepared(llama, tmp_path):
         with pytest.raises(ValueError, match="fit chooses what is in a config"):
             qsvft.from_pretrained(llama, fit=8, **other, **options)
     assert not (tmp_path / "cache").exists()
-
-
-# --- what is refused ------------------------------------------------------------------------------
 
 
 def unchanged(model, message, **arguments):
@@ -256,9 +247,6 @@ def test_a_model_whose_step_is_not_counted_is_refused(llama):
     unchanged(ViTModel(vision).to(torch.bfloat16), "not a causal language model", fit=8)
     unchanged(nn.Sequential(nn.Linear(32, 32)), "got Sequential", fit=8)
     unchanged(load(llama, torch.float32), "is in float32, the step is counted in bf16", fit=8)
-
-
-# --- sizes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

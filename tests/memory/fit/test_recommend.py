@@ -95,9 +95,6 @@ def recommend(card_gib, **changes):
     return qsvft.recommend(CONFIG, card_gib, TOKENS, **changes)
 
 
-# --- the ladder -----------------------------------------------------------------------------------
-
-
 def test_each_rung_gives_up_one_thing_and_takes_fewer_bytes(rungs, peaks):
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
     for above, below in pairwise(rungs):
@@ -180,9 +177,6 @@ def test_offloading_keeps_checkpoints_and_so_needs_them():
     )
 
 
-# --- the search -----------------------------------------------------------------------------------
-
-
 @given(st.lists(st.integers(1, 30 * GIB), min_size=1, max_size=40), st.floats(0.1, 40), st.floats(0, 10))
 def test_the_search_finds_what_trying_every_rung_finds_in_few_steps(peaks, card, more):
     peaks.sort(reverse=True)
@@ -261,9 +255,6 @@ def test_layers_chosen_by_name_and_other_optimizers_are_counted():
     assert few.options["target_modules"] == ["q_proj"] and "optimizer" not in few.options
 
 
-# --- where nothing fits ---------------------------------------------------------------------------
-
-
 def changed(found, change):
     """The recommendation for the same step with a change."""
     sizes = {"card_gib": found.card_gib, "seq_len": found.seq_len, "batch_size": found.batch_size}
@@ -319,9 +310,6 @@ def test_the_longest_sequence_is_counted_for_real(peaks):
         assert changed(found, change).fits
 
 
-# --- what is said ---------------------------------------------------------------------------------
-
-
 def test_the_text_names_the_numbers_the_steps_and_the_line_to_run(peaks):
     found = recommend(card_for(peaks, 4), pattern="banded")
     text = str(found)
@@ -368,9 +356,6 @@ def test_a_recommendation_is_frozen_and_says_nothing_while_it_is_made(capfd):
     with pytest.raises(AttributeError):
         found.fits = False
     assert capfd.readouterr() == ("", "")
-
-
-# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
