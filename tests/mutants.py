@@ -655,14 +655,14 @@ MUTANTS = (
     ),
     Mutant(
         "a name given twice in a checkpoint's header",
-        "checkpoint/source/headers.py",
+        "storage/json_files.py",
         "if len(result) < len(pairs):",
         "if len(result) > len(pairs):",
         ("checkpoint/source/test_headers.py::test_a_name_given_twice_is_refused",),
     ),
     Mutant(
         "an index that names a file elsewhere",
-        "checkpoint/source/index.py",
+        "storage/tensor_index.py",
         """ and not set(name) & set("/\\\\:\\0")""",
         "",
         ("checkpoint/source/test_checkpoint.py::test_an_index_cannot_name_a_file_elsewhere",),

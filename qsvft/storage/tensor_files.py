@@ -7,7 +7,6 @@ opens the files again by itself.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..maths.aligned import aligned
-
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+from .tensor_index import INDEX_NAME, SINGLE_NAME, read_index
 
 
 class TensorFiles:
@@ -47,7 +45,14 @@ class TensorFiles:
         if single.is_file():
             return cls.from_file(single)
         if index.is_file():
-            return cls(_read_index(index))
+            try:
+                shards, _ = read_index(index)
+            except ValueError as error:
+                raise ValueError(
+                    f"{index}: not an index of safetensors files ({error}); expected weight_map with a file of the "
+                    "same folder for each tensor. It is damaged: copy it again, or make the directory again."
+                ) from error
+            return cls({name: index.parent / shard for name, shard in shards.items()})
         raise FileNotFoundError(f"{folder}: expected {INDEX_NAME} or {SINGLE_NAME} in it, found neither")
 
     @classmethod
@@ -92,20 +97,6 @@ class TensorFiles:
         if path not in self._open:
             self._open[path] = _opened(path)
         return self._open[path]
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        for shard in shards.values():
-            if not isinstance(shard, str) or shard != os.path.basename(shard):
-                raise ValueError(f"the file name {shard!r}")
-        return {name: index.parent / shard for name, shard in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index}: not an index of safetensors files ({error!r}); expected weight_map with a file of the same "
-            "folder for each tensor. It is damaged: copy it again, or make the directory again."
-        ) from error
 
 
 def _opened(path: str, remedy: str = "make it again") -> Any:

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...storage.tensor_files import INDEX_NAME
+from ...storage.tensor_index import INDEX_NAME
 from ...storage.tensor_writer import write_tensors
 from ...storage.whole_files import check_folder_writable, whole_file
 from ..prepared.record import is_finished

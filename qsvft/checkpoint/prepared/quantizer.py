@@ -28,7 +28,8 @@ from ...storage.alignment import align_tensors
 from ...storage.factor_files import FactorFiles
 from ...storage.quantization import BITS, disable_cpu_repacking, linear_names
 from ...storage.residual import ResidualLinear
-from ...storage.tensor_files import INDEX_NAME, SINGLE_NAME, TensorFiles
+from ...storage.tensor_files import TensorFiles
+from ...storage.tensor_index import INDEX_NAME, SINGLE_NAME
 from ...storage.weights import dtype_name
 from ...tuner.config import QSVFTConfig
 from ...tuner.form import form_of

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...storage.tensor_files import INDEX_NAME, SINGLE_NAME
+from ...storage.tensor_index import INDEX_NAME, SINGLE_NAME
 from ...tuner.config import FACTOR_FIELDS
 
 METHOD = "qsvft"

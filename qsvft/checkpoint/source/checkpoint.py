@@ -15,9 +15,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .headers import Entry, Shard, read_object, read_shard
+from ...storage.json_files import read_object
+from ...storage.tensor_index import SINGLE_NAME, read_index
+from .headers import Entry, Shard, read_shard
 from .hub import SMALL_FILES, Repository
-from .index import CONFIG, HOW_TO_CONVERT, SINGLE, first_few, read_index, read_shards, weights_file
+from .index import CONFIG, HOW_TO_CONVERT, first_few, read_shards, weights_file
 
 __all__ = ["Checkpoint", "Entry", "Shard", "first_few", "open_checkpoint"]
 
@@ -157,7 +159,7 @@ def open_checkpoint(
     path, repository = Path(given), None
     if not path.exists():
         repository = Repository(given, revision, cache_dir, token, local_files_only)
-        path = repository.fetch([*SMALL_FILES, SINGLE])
+        path = repository.fetch([*SMALL_FILES, SINGLE_NAME])
         repository = repository.pinned(path)
     path = path.absolute()
     folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
@@ -169,7 +171,7 @@ def open_checkpoint(
     config, config_sha256 = read_object(folder / CONFIG)
     name = name or weights_file(folder, config)
     if not name.endswith(".index.json"):
-        if repository is not None and name != SINGLE:
+        if repository is not None and name != SINGLE_NAME:
             repository.fetch([name])
         shard, entries = read_shard(folder / name)
         shards, index_sha256 = {name: shard}, None

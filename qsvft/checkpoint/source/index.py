@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .headers import Entry, Shard, read_object, read_shard
+from ...storage.tensor_index import INDEX_NAME, SINGLE_NAME, is_plain
+from .headers import Entry, Shard, read_shard
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 
 HOW_TO_CONVERT = (
     "Convert a checkpoint of another format once: load it with transformers (from_pretrained) and save it with "
@@ -32,13 +33,13 @@ def weights_file(folder: Path, config: dict[str, Any]) -> str:
     """
     named = config.get("transformers_weights")
     if named is not None:
-        if not _is_plain(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        if not is_plain(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise ValueError(
                 f"{folder / CONFIG}: found transformers_weights = {named!r}, expected the plain name of a .safetensors "
                 "file or of a .safetensors.index.json in the same folder. Correct it."
             )
         return str(named)
-    for name in (SINGLE, INDEX):
+    for name in (SINGLE_NAME, INDEX_NAME):
         if os.path.lexists(folder / name):
             return name
     found = sorted(path.name for path in folder.iterdir() if path.name.endswith(_FORMATS))
@@ -46,36 +47,8 @@ def weights_file(folder: Path, config: dict[str, Any]) -> str:
     if any(name.endswith(".safetensors") for name in found):
         advice = "Name the .safetensors file itself if it is the whole checkpoint, or add the index."
     raise FileNotFoundError(
-        f"{folder}: found {', '.join(found[:5]) or 'no weights'}, expected {SINGLE} or {INDEX}. {advice}"
+        f"{folder}: found {', '.join(found[:5]) or 'no weights'}, expected {SINGLE_NAME} or {INDEX_NAME}. {advice}"
     )
-
-
-def read_index(path: Path) -> tuple[dict[str, str], str]:
-    """An index's weight map: the file of each key.
-
-    Names of files must be plain, without a path; the file itself may be a symbolic link to anywhere.
-
-    Returns:
-        The map, and the SHA-256 of the index.
-
-    Raises:
-        OSError: no such file, or it cannot be read.
-        ValueError: it is no index, or places a tensor elsewhere.
-    """
-    index, sha256 = read_object(path)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"{path}: found {weight_map!r:.80} as its weight_map, expected an object that gives each tensor's file. It "
-            "is damaged: copy or download it again."
-        )
-    for key, name in weight_map.items():
-        if not _is_plain(name) or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{path}: found {name!r:.200} as the file of {key!r:.200}, expected the plain name of a .safetensors "
-                "file in the same folder, without a path. Do not use this checkpoint, or correct the index."
-            )
-    return weight_map, sha256
 
 
 def read_shards(index: Path, weight_map: dict[str, str]) -> tuple[dict[str, Shard], dict[str, Entry]]:
@@ -122,8 +95,3 @@ def first_few(names: Iterable[str]) -> str:
     names = sorted(names)
     shown = ", ".join(repr(name) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more ({len(names)} in all)"
-
-
-def _is_plain(name: Any) -> bool:
-    """Whether a name is that of a file in the folder itself, however a system reads it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")

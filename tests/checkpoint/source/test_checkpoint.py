@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import load, same_tensors
 
-from qsvft.checkpoint.source import headers
 from qsvft.checkpoint.source.checkpoint import open_checkpoint
+from qsvft.storage import json_files
 
 INDEX = "model.safetensors.index.json"
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -263,7 +263,7 @@ def test_a_pipe_is_not_waited_for(folder):
 
 
 def test_large_json_is_not_read(sharded, monkeypatch):
-    monkeypatch.setattr(headers, "MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr(json_files, "MAX_JSON_BYTES", 1000)
     (sharded / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"{INDEX}: found \d+ bytes, expected at most 1000"):
         open_checkpoint(sharded)
