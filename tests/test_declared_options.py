@@ -57,7 +57,7 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
+def asked(tmp_path_factory):
     """What a copy of the library says whose config has one more field."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(PACKAGE, folder / "qsvft", ignore=shutil.ignore_patterns("__pycache__"))
@@ -65,7 +65,7 @@ def answers(tmp_path_factory):
     text = config.read_text(encoding="utf-8")
     assert text.count("\n    base: dict") == 1
     config.write_text(text.replace("\n    base: dict", FIELD), encoding="utf-8")
-    ran = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ASK],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -73,11 +73,11 @@ def answers(tmp_path_factory):
         text=True,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1])
 
 
-def test_an_option_made_up_in_one_place_is_found_in_all(answers):
+def test_an_option_made_up_in_one_place_is_found_in_all(asked):
+    assert asked.returncode == 0, asked.stderr
+    answers = json.loads(asked.stdout.splitlines()[-1])
     assert answers["prepare"] == answers["from_pretrained"] == 7
     assert re.search(r"--made-up <int> +Made up\.", answers["command"])
     assert answers["method"] == {"made_up": 4}
