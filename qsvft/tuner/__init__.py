@@ -1,4 +1,4 @@
-"""QSVFT as a PEFT method: the only place that knows PEFT."""
+"""QSVFT as a PEFT method."""
 
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
