@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -47,7 +47,8 @@ class Repository:
                 revision=self.revision,
                 cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
                 token=self.token,
-                local_files_only=self.local_files_only,
+                # Some versions ask the hub for a commit even where that cannot be.
+                local_files_only=self.local_files_only or constants.HF_HUB_OFFLINE,
                 allow_patterns=list(patterns),
             )
         except HFValidationError as error:
