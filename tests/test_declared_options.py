@@ -79,7 +79,7 @@ def test_an_option_made_up_in_one_place_is_found_in_all(asked):
     assert asked.returncode == 0, asked.stderr
     answers = json.loads(asked.stdout.splitlines()[-1])
     assert answers["prepare"] == answers["from_pretrained"] == 7
-    assert re.search(r"--made-up <int> +Made up\.", answers["command"])
+    assert re.search(r"--made-up (<int>|INTEGER) +Made up\.", answers["command"])
     assert answers["method"] == {"made_up": 4}
     assert answers["fixable"] and "made_up=6" in answers["recommended"]
     assert answers["prepared for"] is True

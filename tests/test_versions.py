@@ -32,6 +32,9 @@ def test_a_package_is_declared_from_the_version_that_make_test_floor_uses(requir
 
 def test_both_sets_of_versions_are_within_what_is_declared():
     names = {requirement.name for requirement in declared()}
-    assert pins("constraints-floor.txt").keys() == names
+    assert pins("constraints-floor.txt").keys() - names == {
+        "click",
+        "pyparsing",
+    }  # of the time of those that ask for them
     for requirement in declared():
         assert pins("constraints.txt")[requirement.name] in requirement.specifier

@@ -220,6 +220,8 @@ class StopHereError(Exception):
 
 
 def interrupted(layer, error):
+    """``error`` is a class: an error that the hook held would hold the frames, and what torch's checkpoint has open."""
+
     def hook(*_):
         raise error
 
@@ -235,7 +237,7 @@ def hooks_are_active():
 def test_an_exception_in_the_forward_leaves_no_hooks_behind(llama, place, travelled):
     model = prepared(llama)
     offload_checkpoints(model, min_bytes=0)
-    handle = interrupted(model.get_base_model().get_submodule(place), StopHereError())
+    handle = interrupted(model.get_base_model().get_submodule(place), StopHereError)
     with pytest.raises(StopHereError):
         run(model)
     assert not hooks_are_active()
@@ -248,7 +250,7 @@ def test_a_forward_interrupted_from_the_keyboard_is_closed_by_the_next(llama, tr
     model = prepared(llama)
     expected = gradients(model)
     offload_checkpoints(model, min_bytes=0)
-    handle = interrupted(model.get_base_model().model.norm, KeyboardInterrupt())
+    handle = interrupted(model.get_base_model().model.norm, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         run(model)
     assert hooks_are_active()

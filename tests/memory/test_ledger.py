@@ -183,7 +183,8 @@ def test_the_ledger_agrees_with_torchs_own_accounting(text: str, tmp_path) -> No
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = torch.zeros(2, 128, dtype=torch.long)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=activities, acc_events=True) as profiler:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
     trace = tmp_path / "trace.json"
