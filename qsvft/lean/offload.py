@@ -46,7 +46,7 @@ def offload_checkpoints(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
     if not callers:
         raise ValueError(
             f"{type(model).__name__}: found no layer that transformers can checkpoint (GradientCheckpointingLayer), "
-            "expected a model whose decoder or encoder consists of them. Leave offload_checkpoints off."
+            "expected a model whose decoder or encoder consists of them. Leave offload off."
         )
     stop_offloading(model)
     for caller in callers:
