@@ -1,4 +1,4 @@
-"""Which entries of M train: the four patterns of the SVFT paper (arXiv 2405.19597, section 3.1).
+"""Which entries of M train: the four patterns of the SVFT paper (arXiv 2405.19597, section 3.1), and all of them.
 
 =========  ==========  ==========================================================================
 pattern    the paper   entries of the k x k matrix M
@@ -7,6 +7,7 @@ plain      SVFT^P      the diagonal: k
 banded     SVFT^B      the diagonal and d off-diagonals on each side: k(2d+1) - d(d+1)
 random     SVFT^R      as many as the band, uniformly without replacement, from a seed
 top_k      SVFT^T      as many as the band, those with the largest |u_iᵀ v_j|
+dense                  all: k * k, for a small k
 =========  ==========  ==========================================================================
 
 A pattern knows its entries (in row-major order, the order in which M's values are stored) and how
@@ -22,9 +23,12 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from .coefficients import ScaleSide, banded_coefficients, entry_rows, indexed_coefficients
+from .banded_coefficients import banded_coefficients
+from .coefficients import ScaleSide
+from .dense_coefficients import dense_coefficients
+from .indexed_coefficients import entry_rows, indexed_coefficients
 
-PATTERNS = ("plain", "banded", "random", "top_k")
+PATTERNS = ("plain", "banded", "random", "top_k", "dense")
 
 
 def banded_count(rank: int, off_diagonals: int) -> int:
@@ -81,6 +85,24 @@ class BandedPattern(Pattern):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, off_diagonals={self.off_diagonals}, entries={self.count}"
+
+
+class DensePattern(Pattern):
+    """All entries of a small M."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.count = rank, rank * rank
+
+    def indices(self) -> tuple[Tensor, Tensor]:
+        index = torch.arange(self.rank)
+        return index.repeat_interleave(self.rank), index.repeat(self.rank)
+
+    def product(self, h: Tensor, values: Tensor, scale: Tensor | None = None, scale_side: ScaleSide = "rows") -> Tensor:
+        return dense_coefficients(h, values, scale, scale_side)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, entries={self.count}"
 
 
 class IndexPattern(Pattern):

@@ -35,6 +35,8 @@ def choose_pattern(
         return patterns.plain(rank)
     if config.pattern == "banded":
         return patterns.banded(rank, d)
+    if config.pattern == "dense":
+        return patterns.DensePattern(rank)
     if weight.is_meta:
         return patterns.IndexPattern.without_values(rank, patterns.banded_count(rank, d))
     if config.pattern == "random":

@@ -67,9 +67,10 @@ class QSVFTConfig(PeftConfig):
         modules_to_save: modules to train and save whole, such as a fresh classification head.
         rank: k, how many singular directions M acts on; None for all min(m, n) of each layer.
         rank_pattern: rank for single layers, by name or regular expression: {"k_proj": 64}.
-        pattern: "plain", "banded", "random" or "top_k": which entries of M train.
+        pattern: "plain", "banded", "random", "top_k" or "dense": which entries of M train. "dense" trains all
+            k * k, and wants a small rank.
         off_diagonals: d. The band has k(2d+1) - d(d+1) entries; random and top_k take as many.
-            Ignored by "plain".
+            Ignored by "plain" and "dense".
         sides: "one" holds only the factor of the smaller side (default), "both" is the paper's form.
         tail_damping: tau in [0, 1). The one-sided form divides by max(s_j, tau * rms(s)), so that
             rounding is not blown up along the smallest singular values.
@@ -135,7 +136,7 @@ class QSVFTConfig(PeftConfig):
         counted=True,
     )
     pattern: str = option(
-        "banded", WORD, "Which entries of M train: a diagonal, a band, or as many elsewhere.", *one_of(PATTERNS),
+        "banded", WORD, "Which entries of M train: a diagonal, a band, as many elsewhere, or all.", *one_of(PATTERNS),
         counted=True,
     )  # fmt: skip
     off_diagonals: int = option(

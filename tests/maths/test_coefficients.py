@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsvft.maths.coefficients import _transposed_band, band_from_values, entry_rows, values_from_band
-from qsvft.maths.patterns import IndexPattern, Pattern, banded, plain, random_entries
+from qsvft.maths.banded_coefficients import _transposed_band, band_from_values, values_from_band
+from qsvft.maths.indexed_coefficients import entry_rows
+from qsvft.maths.patterns import DensePattern, IndexPattern, Pattern, banded, plain, random_entries
 
 ranks_and_bands = st.integers(1, 90).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, min(k - 1, 40))))
 SCALES = pytest.mark.parametrize("scale_side", [None, "rows", "columns"])
@@ -111,6 +112,16 @@ def test_banded_product_and_gradients_equal_the_dense_ones(case, tokens, side):
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 20), st.sampled_from([None, "rows", "columns"]))
+def test_product_and_gradients_with_a_dense_m_equal_the_naive_ones(rank, tokens, side):
+    pattern = DensePattern(rank)
+    parts = ingredients(pattern, tokens, torch.float64)
+    found, truth = (value_and_gradients(f, pattern, parts, side) for f in (ours, naive))
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 12).flatmap(lambda k: st.tuples(st.just(k), st.sets(st.integers(0, k * k - 1), min_size=1))),
     st.integers(0, 20),
@@ -131,6 +142,7 @@ PATTERNS = {
     "whole blocks": banded(128, 32),
     "a halo wider than a block": banded(189, 70),
     "random": random_entries(189, 5, "0"),
+    "dense": DensePattern(70),
 }
 EACH_PATTERN = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 

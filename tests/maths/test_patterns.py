@@ -1,4 +1,4 @@
-"""The four patterns: how many entries, which ones, and that they can be found again."""
+"""The patterns: how many entries, which ones, and that they can be found again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsvft.maths.patterns import IndexPattern, Pattern, banded, banded_count, plain, random_entries, top_entries
+from qsvft.maths.patterns import (
+    PATTERNS,
+    DensePattern,
+    IndexPattern,
+    Pattern,
+    banded,
+    banded_count,
+    plain,
+    random_entries,
+    top_entries,
+)
 
 ranks_and_bands = st.integers(1, 40).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k - 1)))
 
@@ -30,12 +40,14 @@ def make(name: str, rank: int, d: int) -> Pattern:
         return plain(rank)
     if name == "banded":
         return banded(rank, d)
+    if name == "dense":
+        return DensePattern(rank)
     if name == "random":
         return random_entries(rank, d, "0:layer")
     return top_entries(orthonormal(rank, rank + 3, 1), orthonormal(rank, rank + 3, 2), d)
 
 
-ALL = pytest.mark.parametrize("name", ["plain", "banded", "random", "top_k"])
+ALL = pytest.mark.parametrize("name", PATTERNS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,11 +60,16 @@ def test_band_holds_exactly_the_entries_within_d_of_the_diagonal(case):
 
 @settings(max_examples=40, deadline=None)
 @given(ranks_and_bands, st.sampled_from(["banded", "random", "top_k"]))
-def test_every_pattern_but_plain_has_as_many_entries_as_the_band(case, name):
+def test_every_pattern_that_goes_by_d_has_as_many_entries_as_the_band(case, name):
     rank, d = case
     pattern = make(name, rank, d)
     assert pattern.count == rank * (2 * d + 1) - d * (d + 1) == banded_count(rank, d)
     assert len(entries(pattern)) == pattern.count
+
+
+def test_dense_is_the_widest_band():
+    assert entries(DensePattern(7)) == entries(banded(7, 6))
+    assert DensePattern(7).count == 49 == banded_count(7, 6)
 
 
 def test_plain_is_the_diagonal():

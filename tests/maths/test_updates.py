@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qsvft.maths.decomposition import decompose
-from qsvft.maths.patterns import PATTERNS, Pattern, banded, plain, random_entries, top_entries
+from qsvft.maths.patterns import PATTERNS, DensePattern, Pattern, banded, plain, random_entries, top_entries
 from qsvft.maths.updates import bounded_inverse, input_side_update, output_side_update, sparse_update, two_sided_update
 
 DAMPING = 0.1
@@ -36,6 +36,8 @@ def make_pattern(name: str, U: Tensor, V: Tensor, d: int = 3) -> Pattern:
         return plain(rank)
     if name == "banded":
         return banded(rank, d)
+    if name == "dense":
+        return DensePattern(rank)
     return random_entries(rank, d, "0") if name == "random" else top_entries(U, V, d)
 
 

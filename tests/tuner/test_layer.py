@@ -10,10 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qsvft import QSVFTConfig
+from qsvft.maths.patterns import PATTERNS
 from qsvft.tuner import QSVFTLinear
 
 SHAPES = {"tall": (96, 64), "wide": (64, 96), "square": (64, 64), "odd": (37, 50)}
-PATTERNS = ("plain", "banded", "random", "top_k")
 FORMS = ("one", "both")
 
 
