@@ -5,7 +5,7 @@
 One square weight at full rank, bf16 activations, a banded M with 8 off-diagonals. The step is the update
 alone, x + V N Vᵀ x, forward and backward; times are medians, and ratios are taken in this run. Preparing (the
 fp64 decomposition of the singular basis) is timed on a smaller weight and grows with the cube of its width.
-How well the two bases learn is measured by quality.py and training.py.
+How well the two bases learn is measured by quality/ and training.py.
 """
 
 from __future__ import annotations

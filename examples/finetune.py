@@ -45,6 +45,9 @@ import qsvft
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE_MODEL = Path(__file__).resolve().parent / "base-model"
 TRAINED_ON, HELD_OUT = 4000, 200  # how many examples of the built-in task
+# By how much a step changes a weight, in units of the weight. The built-in task is all new to the small model; what a
+# large one is fine-tuned on is not.
+RATE, OWN_RATE = 2e-3, 2e-1
 IGNORED = -100  # the label of a token that the loss leaves out
 
 
@@ -232,7 +235,9 @@ def parse():
     add("--dataset", help='JSON Lines of {"prompt": ..., "completion": ...} (default: the letter-shifting task)')
     add("--output", type=Path, default=Path("out"), help="where to save the adapter (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures here")
-    add("--learning-rate", type=float, default=2e-2, help="default: %(default)s")
+    add(
+        "--learning-rate", type=float, help=f"default: {OWN_RATE:g}, and {RATE:g} with a model or a dataset of your own"
+    )
     add("--epochs", type=float, default=1, help="default: %(default)s")
     add("--steps", type=int, help="batches to train on, instead of epochs")
     add("--batch-size", type=int, default=32, help="default: %(default)s")
@@ -242,7 +247,11 @@ def parse():
     add("--bits", type=int, default=4, help="of the frozen base (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--verify", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.learning_rate is None:
+        own = options.dataset is None and options.model == str(BASE_MODEL)
+        options.learning_rate = OWN_RATE if own else RATE
+    return options
 
 
 def main():

@@ -65,9 +65,11 @@ def coefficients_of(a: Tensor, basis: Basis, rank: int) -> Tensor:
     return basis.to_coefficients(a.reshape(-1, a.shape[-1]), rank)
 
 
-def two_sided_update(y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern) -> Tensor:
-    """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n."""
-    return sparse_update(y, x, inward=V, outward=U, values=values, pattern=pattern)
+def two_sided_update(
+    y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern, scale: Tensor | None = None
+) -> Tensor:
+    """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n, scale (k,) of the rows of M."""
+    return sparse_update(y, x, V, U, values, pattern, scale)
 
 
 def input_side_update(
@@ -89,6 +91,23 @@ def input_side_update(
 def output_side_update(y: Tensor, wx: Tensor, U: Basis, inverse_s: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """y + U M S⁻¹ Uᵀ (W x). y = W x + bias and wx = W x are (..., m), U of R^m, inverse_s (k,)."""
     return sparse_update(y, wx, U, U, values, pattern, inverse_s, "columns")
+
+
+def unit_of(length: Tensor, entries: int) -> Tensor:
+    """alpha = |W|_F / sqrt(entries): an M of alpha times ones makes a change as large as W, |U M Vᵀ|_F = |W|_F.
+
+    In this unit one step of AdamW at the learning rate r, which moves every entry by about r, changes W by r |W|
+    whatever the pattern, the rank and the width.
+
+    Args:
+        length: |W|_F, a scalar.
+        entries: how many entries of M train.
+
+    Returns:
+        A scalar in fp32; 1 for a weight that is all zeros.
+    """
+    alpha = (length.double() / entries**0.5).float()
+    return torch.where(alpha > torch.finfo(torch.float32).tiny, alpha, torch.ones_like(alpha))
 
 
 def bounded_inverse(s: Tensor, rms: Tensor, tail_damping: float) -> Tensor:

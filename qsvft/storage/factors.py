@@ -105,6 +105,15 @@ def make_shared_basis(weights: Weights, rank: int, bits: int, method: Decomposer
     return StoredBasis(StoredMatrix.hold(shared_directions(weights, rank, method)[1], bits))
 
 
+def frobenius_norm(weight: Tensor) -> Tensor:
+    """|W|_F, a scalar in fp64, summed a stretch of rows at a time."""
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    if not weight.is_meta:
+        for part in stretches(weight, torch.float64, _STRETCH):
+            total = torch.hypot(total, torch.linalg.vector_norm(part))
+    return total
+
+
 def measured_scale(weight: Tensor, basis: Basis, side: str, rank: int) -> tuple[Tensor, Tensor]:
     """The lengths s_j that a weight gives to the directions of a basis, and their root mean square.
 

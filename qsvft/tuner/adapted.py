@@ -33,13 +33,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     Attributes:
         settings: the config of each adapter.
         forms: which map it uses, and the keys of its bases.
+        units: the alpha that multiplies M, see :func:`~qsvft.maths.updates.unit_of`.
         came_from: the source that its factors were read from; None where they were computed.
         base_digest: SHA-256 of the base weight as stored.
         merged_adapters: the names of those that are in the weight now.
     """
 
     adapter_layer_names = ("qsvft_M",)
-    other_param_names = ("qsvft_pattern", "qsvft_probe", "qsvft_scale", "settings", "forms", "came_from")
+    other_param_names = ("qsvft_pattern", "qsvft_probe", "qsvft_scale", "settings", "forms", "units", "came_from")
 
     base_layer: nn.Module
     # BaseTunerLayer's, for the type checker.
@@ -54,6 +55,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = shape
         self.settings: dict[str, QSVFTConfig] = {}
         self.forms: dict[str, Form] = {}
+        self.units: dict[str, float] = {}
         self.came_from: dict[str, FactorSource | None] = {}
         self.qsvft_M = nn.ParameterDict()
         self.qsvft_pattern = nn.ModuleDict()

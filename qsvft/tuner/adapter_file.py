@@ -7,7 +7,8 @@ For each adapted layer, in adapter_model.safetensors:
     <layer>.qsvft_base     (32,) uint8        SHA-256 of the base weight as stored
     <layer>.qsvft_entries  (entries,) int64   top_k only: positions i * k + j
     <layer>.qsvft_scale    (k,) fp32          Hadamard basis only: 1/s, which makes it independent of the base
-    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, scale and factors if any, and the pattern
+    <layer>.qsvft_unit     () fp32            alpha, which multiplies M; none where it is 1 (config.unit "one")
+    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, scale, unit and factors if any, and the pattern
 
 The random pattern is drawn again from its seed; the digest shows that it came out the same. Factors are saved
 only with a self-contained adapter (self_contained.py). Everything read here is treated as hostile until it is
@@ -30,7 +31,7 @@ from .layer import QSVFTLinear
 from .probe import OTHER_FACTORS, TOLERANCE, content_digest
 from .self_contained import FactorDigests, split_factors, stored_factors
 
-_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_scale", "qsvft_digest")
+_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_scale", "qsvft_unit", "qsvft_digest")
 _PREFIX = "base_model.model."
 
 
@@ -68,6 +69,10 @@ def _add_records(
         scale = layer.qsvft_scale[adapter].cpu().clone()
         selected[f"{name}.qsvft_scale.{adapter}"] = scale
         contents.append(scale)
+    if layer.settings[adapter].unit != "one":
+        unit = torch.tensor(layer.units[adapter], dtype=torch.float32)
+        selected[f"{name}.qsvft_unit.{adapter}"] = unit
+        contents.append(unit)
     contents += [pattern.digest(), digests.of_layer(layer, adapter)]
     selected[f"{name}.qsvft_digest.{adapter}"] = content_digest(*contents)
 
@@ -129,6 +134,8 @@ class AdapterReader:
         contents: list[Tensor | str] = [M, probe, base]
         if layer.forms[adapter].seeded:
             contents.append(self._load_scale(name, layer, adapter))
+        if layer.settings[adapter].unit != "one":
+            contents.append(self._load_unit(name, layer, adapter))
         contents += [layer.pattern(adapter).digest(), self.digests.of_layer(layer, adapter)]
         if not torch.equal(content_digest(*contents), digest.cpu()):
             raise ValueError(
@@ -168,6 +175,19 @@ class AdapterReader:
         layer.qsvft_scale[adapter] = scale.to(held.device)
         layer._set_probe(adapter, layer.original_weight())
         return scale
+
+    def _load_unit(self, name: str, layer: QSVFTLinear, adapter: str) -> Tensor:
+        """Take over the alpha that M was trained with."""
+        unit = self._find(name, "qsvft_unit")
+        if unit.dtype != torch.float32 or unit.shape != () or not 0 < float(unit) < math.inf:
+            raise ValueError(
+                f"{name}: the adapter's unit is {unit.dtype} of shape {tuple(unit.shape)}; expected one finite "
+                "torch.float32 above 0. The file is damaged: copy or save the adapter again."
+            )
+        if float(unit) != layer.units[adapter]:
+            layer.units[adapter] = float(unit)
+            layer._set_probe(adapter, layer.original_weight())
+        return unit
 
     def _sharing(self, layer: QSVFTLinear, adapter: str) -> list[str]:
         """The layers that share this one's basis."""

@@ -23,6 +23,7 @@ from .peft_type import QSVFT
 
 SIDES = ("one", "both")
 BASES = ("singular", "hadamard")
+UNITS = ("weight", "one")
 
 
 def _refuse(name: str, found: object, allowed: str) -> NoReturn:
@@ -74,6 +75,9 @@ class QSVFTConfig(PeftConfig):
         sides: "one" holds only the factor of the smaller side (default), "both" is the paper's form.
         tail_damping: tau in [0, 1). The one-sided form divides by max(s_j, tau * rms(s)), so that
             rounding is not blown up along the smallest singular values.
+        unit: what 1 in M stands for. "weight": a change of W as large as W itself, alpha = |W|_F / sqrt(entries), by
+            which one learning rate suits every pattern, rank and width; "one": 1, as in the paper. None is "weight",
+            and "one" for an adapter saved before there was a choice.
         seed: seed of the random pattern and of the Hadamard basis.
         factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation).
         share_inputs: layers that read the same input (q, k, v; gate, up) share the V of their stacked weight,
@@ -158,6 +162,13 @@ class QSVFTConfig(PeftConfig):
         lambda value: not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < 1,
         counted=True,
     )
+    unit: str | None = option(
+        None,
+        WORD,
+        "What 1 in M stands for: a change as large as the weight, or 1; None for weight.",
+        one_of(UNITS)[0],
+        lambda value: value is None or value in UNITS,
+    )
     seed: int = option(
         0, INTEGER, "Seed of the random pattern and of the Hadamard basis.", "an integer", is_integer,
         of_factors=True, counted=True,
@@ -224,6 +235,8 @@ class QSVFTConfig(PeftConfig):
             one.refuse(getattr(self, name), "QSVFTConfig.")
         if self.decomposition is None:
             self.decomposition = "auto" if self.base is None else "exact"
+        if self.unit is None:
+            self.unit = "weight" if self.base is None else "one"
         if self.share_inputs is None:
             self.share_inputs = self.sides == "one"
         elif not isinstance(self.share_inputs, bool):

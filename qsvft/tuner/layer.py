@@ -26,9 +26,16 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..maths.autocast import in_compute_dtype
-from ..maths.updates import bounded_inverse, coefficients_of, input_side_update, output_side_update, two_sided_update
+from ..maths.updates import (
+    bounded_inverse,
+    coefficients_of,
+    input_side_update,
+    output_side_update,
+    two_sided_update,
+    unit_of,
+)
 from ..storage.factor_files import FactorSource
-from ..storage.factors import measured_scale
+from ..storage.factors import frobenius_norm, measured_scale
 from ..storage.residual import ResidualLinear
 from ..storage.weights import all_finite, check_weight, dense_layer, product_without_bias, weight_digest
 from .adapted import AdaptedLinear
@@ -94,6 +101,9 @@ class QSVFTLinear(AdaptedLinear):
             self.qsvft_scale[adapter_name] = self._scale(form, weight, rank, config, source)
         pattern = choose_pattern(config, form, rank, weight, self.basis, self.module_name)
         self.qsvft_pattern[adapter_name] = pattern.to(weight.device)
+        self.units[adapter_name] = 1.0
+        if config.unit == "weight" and not weight.is_meta:
+            self.units[adapter_name] = float(unit_of(frobenius_norm(weight), pattern.count))
         values = torch.zeros(self.pattern(adapter_name).count, device=weight.device)
         self.qsvft_M[adapter_name] = Float32Parameter(values)
         self._set_probe(adapter_name, weight)
@@ -142,10 +152,8 @@ class QSVFTLinear(AdaptedLinear):
         return self.settings[adapter].residual and isinstance(self.base_layer, ResidualLinear)
 
     def _residual_coefficients(self, adapters: list[str], h: Tensor) -> Tensor:
-        total = self.pattern(adapters[0]).product(h, self.qsvft_M[adapters[0]])
-        for name in adapters[1:]:
-            total = total + self.pattern(name).product(h, self.qsvft_M[name])
-        return total
+        z = [self.pattern(name).product(h, self.qsvft_M[name], self._scale_of(name)) for name in adapters]
+        return sum(z[1:], z[0])
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -183,12 +191,22 @@ class QSVFTLinear(AdaptedLinear):
     ) -> Tensor:
         M = self.qsvft_M[adapter] if values is None else values
         pattern, form = self.pattern(adapter), self.forms[adapter]
+        scale = self._scale_of(adapter)
         if form.kind == "both":
-            return two_sided_update(base, a, self.basis(form.outward), self.basis(form.inward), M, pattern)
-        basis, scale = self.basis(form.inward), self.qsvft_scale[adapter]
+            return two_sided_update(base, a, self.basis(form.outward), self.basis(form.inward), M, pattern, scale)
+        assert scale is not None
+        basis = self.basis(form.inward)
         if form.kind == "input":
             return input_side_update(base, a, basis, scale, M, pattern, h)
         return output_side_update(base, a, basis, scale, M, pattern)
+
+    def _scale_of(self, adapter: str) -> Tensor | None:
+        """What multiplies the rows (or columns) of M: alpha, over s in a one-sided form; None where that is 1."""
+        if self.forms[adapter].kind != "both":
+            return self.qsvft_scale[adapter] * self.units[adapter]
+        if self.settings[adapter].unit == "one":
+            return None
+        return self.qsvft_M[adapter].new_full((self.pattern(adapter).rank,), self.units[adapter])
 
     def _check(self, adapter: str) -> None:
         M = self.qsvft_M[adapter]

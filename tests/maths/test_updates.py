@@ -14,7 +14,14 @@ from torch import Tensor
 
 from qsvft.maths.decomposition import decompose
 from qsvft.maths.patterns import PATTERNS, DensePattern, Pattern, banded, plain, random_entries, top_entries
-from qsvft.maths.updates import bounded_inverse, input_side_update, output_side_update, sparse_update, two_sided_update
+from qsvft.maths.updates import (
+    bounded_inverse,
+    input_side_update,
+    output_side_update,
+    sparse_update,
+    two_sided_update,
+    unit_of,
+)
 
 DAMPING = 0.1
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -101,6 +108,18 @@ def in_double(p: SimpleNamespace) -> SimpleNamespace:
 
 def error(found: Tensor, truth: Tensor) -> float:
     return float(torch.linalg.vector_norm(found.double() - truth) / torch.linalg.vector_norm(truth))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ones_in_units_of_the_weight_make_a_change_as_large_as_the_weight(pattern):
+    p = make_problem(20, 50, 7, pattern, torch.float64, d=2)
+    length = torch.linalg.matrix_norm(p.W)
+    M = p.pattern.dense(unit_of(length, p.pattern.count).double() * torch.ones_like(p.values))
+    torch.testing.assert_close(torch.linalg.matrix_norm(p.U.T @ M @ p.V), length, rtol=1e-6, atol=0)
+
+
+def test_a_weight_of_zeros_has_the_unit_one():
+    assert unit_of(torch.tensor(0.0), 5) == 1
 
 
 EACH_PATTERN = pytest.mark.parametrize("pattern", PATTERNS)

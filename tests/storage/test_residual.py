@@ -103,7 +103,7 @@ def test_the_adapter_is_U_M_V_on_the_residual_base(llama, options):
     model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4, **options), scale=0.3)
     layer = layers(model)[3]
     x = torch.randn(4, layer.in_features)
-    M = layer.pattern("default").dense(layer.qsvft_M["default"].detach().double())
+    M = layer.units["default"] * layer.pattern("default").dense(layer.qsvft_M["default"].detach().double())
     U, V = (layer.base_layer.basis(side).dense(torch.float64) for side in "UV")
     W = dense_weight(layer.base_layer).double() + U.T @ M @ V
     torch.testing.assert_close(layer(x).double(), x.double() @ W.T, rtol=1e-4, atol=1e-4)
@@ -129,9 +129,8 @@ def test_gradients_are_autograds_through_the_dense_weight(llama, options):
     (found,) = torch.autograd.grad(layer(x), layer.qsvft_M["default"], g)
     values = layer.qsvft_M["default"].detach().double().requires_grad_()
     U, V = (layer.base_layer.basis(side).dense(torch.float64) for side in "UV")
-    (exact,) = torch.autograd.grad(
-        x.double() @ (U.T @ layer.pattern("default").dense(values) @ V).T, values, g.double()
-    )
+    M = layer.units["default"] * layer.pattern("default").dense(values)
+    (exact,) = torch.autograd.grad(x.double() @ (U.T @ M @ V).T, values, g.double())
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-4)
 
 

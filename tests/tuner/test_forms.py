@@ -40,7 +40,7 @@ def adapted(shape: str, dtype=torch.float32, bias: bool = True, **options) -> QS
 def dense_delta(layer: QSVFTLinear, values: torch.Tensor, name: str = "default") -> torch.Tensor:
     """dW from the numbers that the layer holds, by the formulas, fp64, differentiable in M."""
     form, pattern = layer.forms[name], layer.pattern(name)
-    M = pattern.dense(values)
+    M = layer.units[name] * pattern.dense(values)
     inward, outward = (layer.basis(key).dense(torch.float64, pattern.rank) for key in (form.inward, form.outward))
     if form.kind == "both":
         return outward.T @ M @ inward
@@ -218,6 +218,7 @@ def test_an_adapter_on_the_hadamard_basis_goes_to_another_base_of_the_same_shape
     for one, other in zip(model.modules(), dense.modules(), strict=False):
         if isinstance(one, QSVFTLinear) and isinstance(other, QSVFTLinear):
             assert torch.equal(one.qsvft_scale["default"], other.qsvft_scale["default"])
+            assert one.units == other.units
             assert torch.equal(next(iter(one.qsvft_bases.values())).signs, next(iter(other.qsvft_bases.values())).signs)
     assert torch.equal(logits(PeftModel.from_pretrained(load(llama, torch.float32), tmp_path)), logits(dense))
 

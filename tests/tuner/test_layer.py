@@ -66,6 +66,8 @@ def held_rows(layer, side, k):
 def dense_delta(layer, W, name="default"):
     """dW of each form as its docstring defines it, differentiable in M."""
     M = dense_M(layer, name)
+    if layer.settings[name].unit == "weight":
+        M = M * (W.norm() / layer.qsvft_M[name].numel() ** 0.5)
     k, tau = M.shape[0], layer.settings[name].tail_damping
     U, V = (held_rows(layer, side, k) for side in "UV")
     if layer.settings[name].sides == "both":

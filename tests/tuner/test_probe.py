@@ -162,9 +162,9 @@ def test_probe_and_sketch_are_exact_to_ten_digits_before_they_are_shortened(opti
 
 
 @pytest.mark.parametrize("options", MAPS.values(), ids=MAPS.keys())
-def test_scaling_the_weight_changes_neither_dW_nor_its_probe(options):
+def test_scaling_the_weight_changes_neither_dW_nor_its_probe_where_M_has_its_own_unit(options):
     """dW = U M Vᵀ takes only the vectors from W: the probe is one of dW, not of W."""
-    options = dict(options)
+    options = {**options, "unit": "one"}
     W = weight(*options.pop("shape", (40, 32)))
     layer = adapted(W, **options)
     assert layer.probe_difference("default", probe(8 * W, **options)) < 1e-5

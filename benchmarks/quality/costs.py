@@ -1,0 +1,121 @@
+"""What a step of each method costs: bytes by the ledger, time by the clock.
+
+    python benchmarks/quality/costs.py --study NAME --out FILE [--rounds 8]
+
+Bytes: the predicted peak of a step on Llama-3-8B with an NF4 base, one sequence of 2048 tokens, checkpointing. Time: of
+a step of a Llama of 4 layers, 1024 wide, on 1024 tokens with checkpointing, in units of the first method's. The methods
+take turns, and the median of their ratios within a round counts. Let nothing else run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from base import DENSE
+from methods import METHODS, Method, Setting
+from rich.console import Console
+from rich.progress import track
+from studies import jobs
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qsvft
+from qsvft.lean.checkpointing import enable_checkpointing
+
+UNIT = "LoRA r=16"
+TOKENS, VOCABULARY = 1024, 8192
+MODEL, LENGTH = "llama-3-8b", 2048
+
+
+class Noise:
+    """A task of random tokens, for methods that look at one before they begin."""
+
+    name, kind = "noise", "CAUSAL_LM"
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The model's own loss."""
+        loss: torch.Tensor = model(**batch, use_cache=False).loss
+        return loss
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Tokens that are their own labels."""
+    ids = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def stepper(method: Method) -> Any:
+    """A function that does one step of a method."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).to(torch.bfloat16)
+    tokens, task = batch(), Noise()
+    setting: Any = Setting(task, 0, DENSE, [tokens])
+    adapted = method.make(model.requires_grad_(False), setting)
+    enable_checkpointing(model)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    adapted.train()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = task.loss(adapted, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def times(methods: Sequence[Method], rounds: int) -> dict[str, float]:
+    """The time of a step in units of the first method's."""
+    steps = {method.name: stepper(method) for method in methods}
+    for step in steps.values():
+        step()
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in track(range(rounds), description="timing", console=Console(stderr=True)):
+        found = {}
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            found[name] = time.perf_counter() - started
+        for name, taken in found.items():
+            ratios[name].append(taken / found[methods[0].name])
+    return {name: median(values) for name, values in ratios.items()}
+
+
+def peaks(methods: Sequence[Method]) -> dict[str, float]:
+    """The predicted peak in GiB, of those that the profiler knows."""
+    counted = {method.counted: method.name for method in methods if method.counted}
+    report = qsvft.profile(MODEL, list(counted), seq_len=LENGTH, progress=True)
+    return {counted[row.method]: row.peak_bytes / 2**30 for row in report.rows if not row.error}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=8)
+    options = parser.parse_args(arguments)
+    named = dict.fromkeys(job.method.name for job in jobs(options.study))
+    methods = [METHODS[name] for name in dict.fromkeys((UNIT, *named))]
+    taken, bytes_needed = times(methods, options.rounds), peaks(methods)
+    found = {name: {"step": round(taken[name], 3)} for name in taken}
+    for name, peak in bytes_needed.items():
+        found[name]["peak_gib"] = round(peak, 3)
+    staging = options.out.with_name(f".{options.out.name}.part")
+    staging.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(staging, options.out)
+    Console().print_json(data=found)
+
+
+if __name__ == "__main__":
+    main()

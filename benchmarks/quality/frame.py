@@ -1,0 +1,49 @@
+"""A base quantised in the frame of a basis: with a whole orthonormal V, W x = P (Vᵀ x) with P = W V held in NF4.
+
+The output side is y = U (P x), P = Uᵀ W. What the study trains on is the weight that such a base stands for: P Vᵀ or
+U P, held densely, with the Hadamard basis.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qsvft
+from qsvft.maths.hadamard import HadamardBasis
+from qsvft.storage.quantization import dequantize
+
+
+@torch.no_grad()
+def rounded_in_frame(model: Any) -> dict[str, Tensor]:
+    """The weight of every linear layer but the head, by its parameter's name."""
+    head = model.get_output_embeddings()
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
+    turned = nn.Sequential(*(_linear(_to_frame(layer.weight.float())) for layer in layers.values()))
+    rounded = dequantize(qsvft.quantize(turned, bits=4, progress=False))
+    return {f"{name}.weight": _from_frame(one.weight.float()) for name, one in zip(layers, rounded, strict=True)}
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = nn.Parameter(weight.to(torch.bfloat16))
+    layer.out_features, layer.in_features = weight.shape
+    return layer
+
+
+def _to_frame(W: Tensor) -> Tensor:
+    V = _directions(min(W.shape))
+    return W @ V.t() if W.shape[1] <= W.shape[0] else V @ W
+
+
+def _from_frame(P: Tensor) -> Tensor:
+    V = _directions(min(P.shape))
+    return P @ V if P.shape[1] <= P.shape[0] else V.t() @ P
+
+
+@cache
+def _directions(size: int) -> Tensor:
+    return HadamardBasis(size, size, 0).dense(torch.float32)

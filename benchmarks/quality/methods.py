@@ -1,0 +1,206 @@
+"""Every method that is compared, each through its own package, on the same base.
+
+A method makes a trainable model of the base. Its options stand in its lines, so that a run with others is another run.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import peft
+import torch
+from base import NF4
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from tried import tried
+
+import qsvft
+
+
+class Task(Protocol):
+    """What is trained on, and how well: see language.py and sentences.py."""
+
+    name: str
+    kind: str
+
+    def load(self, held: str, seed: int) -> nn.Module: ...
+    def batches(self, seed: int, steps: int, size: int) -> list[dict[str, Tensor]]: ...
+    def rates(self, trained: Sequence[tuple[str, nn.Parameter]], rate: float) -> list[float]: ...
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor: ...
+    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may look at.
+
+    Attributes:
+        task: what is trained on.
+        seed: of the run.
+        held: how the base is held.
+        calibration: the first batches that it will train on.
+    """
+
+    task: Task
+    seed: int
+    held: str
+    calibration: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        name: as tables call it.
+        package: whose code does it.
+        start: the learning rate at which its sweep begins.
+        options: what tells it apart.
+        build: makes the model.
+        counted: what ``qsvft.profile`` calls the same setting on an NF4 base, where it knows it.
+    """
+
+    name: str
+    package: str
+    start: float
+    options: dict[str, Any]
+    build: Callable[[nn.Module, dict[str, Any], Setting], nn.Module] = field(compare=False)
+    counted: str | None = None
+
+    def make(self, base: nn.Module, setting: Setting) -> nn.Module:
+        """The model to train, of a frozen base."""
+        return self.build(base, self.options, setting)
+
+
+def _ours(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
+    # A base in 4 bits stays what it is; bits=16 leaves a dense one as it is.
+    bits = 4 if setting.held == NF4 else 16
+    return qsvft.prepare(base, bits=bits, gradient_checkpointing=False, progress=False, **options)
+
+
+def _full(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
+    return base.float().requires_grad_(True)
+
+
+def _peft(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
+    fields = dict(options)
+    config = getattr(peft, fields.pop("config"))
+    with warnings.catch_warnings():
+        # BOFT says that its CUDA extension could not be compiled.
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft.tuners.boft")
+        return get_peft_model(base, config(target_modules="all-linear", task_type=setting.task.kind, **fields))
+
+
+def _authors(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
+    """The authors' code: U (S + M) Vᵀ rebuilt in every forward; with their gate M is sigmoid(gate) * F, F not zero."""
+    for name, layer in list(base.named_modules()):
+        if isinstance(layer, nn.Linear) and layer is not base.get_output_embeddings():
+            parent, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(parent), leaf, _Rebuilt(layer, options["off_diagonals"], options["gate"]))
+    return base
+
+
+class _Rebuilt(nn.Module):
+    def __init__(self, layer: nn.Linear, off_diagonals: int, gated: bool) -> None:
+        super().__init__()
+        dtype = layer.weight.dtype
+        U, s, Vt = torch.linalg.svd(layer.weight.float(), full_matrices=False)
+        index = torch.arange(s.numel())
+        inside = (index.unsqueeze(1) - index).abs() <= off_diagonals
+        self.U, self.s, self.Vt = U.to(dtype), s, Vt.to(dtype)
+        self.rows, self.columns = inside.nonzero(as_tuple=True)
+        self.bias = layer.bias
+        self.F = nn.Parameter(torch.zeros(self.rows.numel()))
+        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
+        if gated:
+            nn.init.kaiming_normal_(self.F.data.unsqueeze(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        M = self.F if self.gate is None else self.F * torch.sigmoid(self.gate)
+        inner = torch.diag(self.s).index_put((self.rows, self.columns), M, accumulate=True)
+        return nn.functional.linear(x, self.U @ inner.to(self.U.dtype) @ self.Vt, self.bias)
+
+
+def ours(name: str, start: float = 2e-3, **options: Any) -> Method:
+    """qsvft; what tells forms apart is said here, never left to the library's default."""
+    said = {"sides": "one", "factor_bits": 16, "share_inputs": False, "basis": "singular", "off_diagonals": 8}
+    fields = {**said, **options}
+    counted = ",".join(f"{name}={str(value).lower()}" for name, value in fields.items())
+    return Method(name, "qsvft", start, fields, _ours, f"qsvft:{counted}")
+
+
+def rival(name: str, start: float, config: str, counted: str | None = None, **options: Any) -> Method:
+    """PEFT's."""
+    return Method(name, "peft", start, {"config": config, **options}, _peft, counted)
+
+
+def lora(rank: int, start: float, name: str = "LoRA", **options: Any) -> Method:
+    """LoRA with alpha = r, so that its scale is 1."""
+    fields = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, **options}
+    counted = None if fields.get("use_dora") else f"qlora:rank={rank},chunked_loss=true"
+    return rival(f"{name} r={rank}", start, LoraConfig.__name__, counted, **fields)
+
+
+def form(name: str, U: str, V: str, k: int, start: float = 1e-3, **options: Any) -> Method:
+    """A form of tried.py."""
+    dense = not {U, V} & {"whole"} and "off_diagonals" not in options and options.get("entries") is None and k
+    counted = f"qsvft:sides=both,pattern=dense,rank={k}" if dense else None
+    return Method(name, "tried", start, {"U": U, "V": V, "k": k, **options}, tried, counted)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("full fine-tuning", "torch", 1e-4, {}, _full),
+        lora(8, 4e-3),
+        lora(16, 4e-3),
+        lora(2, 8e-3),
+        lora(8, 4e-3, "rsLoRA", use_rslora=True, lora_alpha=math.isqrt(8)),
+        lora(8, 4e-3, "DoRA", use_dora=True),
+        rival("BOFT b=4", 4e-3, "BOFTConfig", boft_block_size=4),
+        rival("VeRA r=256", 8e-3, "VeraConfig", r=256),
+        rival("FRoD", 4e-3, "FrodConfig", progressbar=False),
+        rival("PSOFT r=96, free", 4e-3, "PsoftConfig", r=96, psoft_alpha=96, psoft_orth=False),
+        rival("LoRA-XS (TinyLoRA) r=96", 4e-3, "TinyLoraConfig", r=96),
+        Method("authors' SVFT d=8", "torch", 8e-3, {"off_diagonals": 8, "gate": False}, _authors),
+        ours("two-sided d=8 (the paper's)", sides="both"),
+        ours("two-sided int8 d=8", sides="both", factor_bits=8),
+        ours("two-sided NF4 d=8", sides="both", factor_bits=4),
+        ours("one-sided int8 d=8", factor_bits=8),
+        ours("one-sided NF4 d=8", factor_bits=4),
+        ours("one-sided NF4 d=8, shared", factor_bits=4, share_inputs=True),
+        ours("one-sided NF4, rank 96, d=8", factor_bits=4, rank=96),
+        ours("one-sided NF4, rank 96, d=32", factor_bits=4, rank=96, off_diagonals=32),
+        ours("one-sided d=8"),
+        ours("one-sided d=8, shared", share_inputs=True),
+        ours("one-sided Hadamard d=8", basis="hadamard"),
+        form("tried: gradient, dense k=96", "gradient", "gradient", 96),
+        form("tried: gradient, dense, as LoRA r=8", "gradient", "gradient", 0, as_lora=8),
+        form("tried: gradient turned, dense k=96", "gradient", "gradient", 96, turned=True),
+        form("tried: input/output, dense k=96", "output", "input", 96),
+        form("tried: input/output, dense k=192", "output", "input", 192),
+        form("tried: input/output, dense, as LoRA r=8", "output", "input", 0, as_lora=8),
+        form("tried: input/output, entries by gradient", "output", "input", 10**9, entries="gradient", per_row=16),
+        form("tried: singular, dense k=192", "svd", "svd", 192, 2e-3),
+        form("tried: singular, dense k=96", "svd", "svd", 96, 2e-3),
+        form("tried: random, dense k=96", "random", "random", 96, 2e-3),
+        form("tried: whole/input k=16", "whole", "input", 16, 2e-3),
+        form("tried: whole/gradient k=16", "whole", "gradient", 16, 2e-3),
+        form("tried: whole/random k=16", "whole", "random", 16),
+        form("tried: gradient/whole k=16", "gradient", "whole", 16),
+        form("tried: singular/whole k=16", "svd", "whole", 16),
+        form("tried: singular, plain", "svd", "svd", 10**9, 2e-3, off_diagonals=0),
+        form("tried: singular, d=2", "svd", "svd", 10**9, 2e-3, off_diagonals=2),
+        form("tried: singular, d=8", "svd", "svd", 10**9, 2e-3, off_diagonals=8),
+        form("tried: singular, d=32", "svd", "svd", 10**9, 2e-3, off_diagonals=32),
+        form("tried: singular, dense k=32", "svd", "svd", 32, 2e-3),
+        form("tried: gradient, dense k=32", "gradient", "gradient", 32, 1e-3),
+        form("tried: random, d=8", "random", "random", 10**9, 2e-3, off_diagonals=8),
+        form("tried: singular, entries by gradient", "svd", "svd", 10**9, entries="gradient", per_row=17),
+        Method("authors' SVFT d=8, gate", "torch", 8e-3, {"off_diagonals": 8, "gate": True}, _authors),
+    )
+}

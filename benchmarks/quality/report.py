@@ -1,0 +1,188 @@
+"""Tables and pictures of the runs that there are.
+
+    python benchmarks/quality/report.py --runs DIRECTORY --study NAME [--costs FILE] [--pictures DIRECTORY] [--all]
+
+A method stands with its best learning rate: that of the least held-out loss with the first seed. A loss has the mean
+and the range over the seeds there; "of full" is the part of full fine-tuning's gain; "own text" is how much the loss of
+a text that the model was good at has grown. A rate with a star is at the edge of what was tried. ``--all`` prints every
+run. ``costs.py`` writes the file of what a step costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from runs import results
+from studies import UNTRAINED, Job, jobs
+from sweep import best_rate
+
+FULL = "full fine-tuning"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Best:
+    """A job's runs at its best rate, and what was tried."""
+
+    job: Job
+    rate: float
+    tried: tuple[float, ...]
+    rows: tuple[Row, ...]
+
+    def values(self, figure: str) -> list[float]:
+        """A figure of each seed."""
+        return [row[figure] for row in self.rows if row.get(figure) is not None]
+
+    def mean(self, figure: str) -> float | None:
+        """A figure's mean over the seeds, None where no run has it."""
+        values = self.values(figure)
+        return mean(values) if values else None
+
+    @property
+    def rate_text(self) -> str:
+        return f"{self.rate:g}{'*' if self.rate in (min(self.tried), max(self.tried)) else ''}"
+
+
+def found_best(job: Job, rows: Sequence[Row]) -> Best | None:
+    """A job at its best rate, None where it has no run that went to its end."""
+    losses = job.losses(rows)
+    tried = losses.get(job.seeds[0], {})
+    rate = best_rate(tried)
+    if rate is None:
+        return None
+    chosen = [row for row in job.rows(rows) if row["rate"] == rate and row.get("loss") is not None]
+    return Best(job, rate, tuple(sorted(tried)), tuple(sorted(chosen, key=lambda row: row["seed"])))
+
+
+def table_of(task: str, found: Sequence[Best], before: Row | None, costs: dict[str, Row]) -> Table:
+    """One row a method, the best first."""
+    full = next((best for best in found if best.job.method.name == FULL), None)
+    table = Table(title=f"{task}: held-out loss after {found[0].job.steps} steps of {found[0].job.batch_size}")
+    table.add_column("method", no_wrap=True)
+    for column in ("trained", "rate", "seeds", "loss", "range", "accuracy", "of full", "own text", "peak GiB", "step"):
+        table.add_column(column, justify="right")
+    if before is not None:
+        table.add_row(UNTRAINED, *[""] * 3, f"{before['loss']:.4f}", "", _percent(before.get("accuracy")), *[""] * 4)
+    for best in sorted(found, key=lambda best: best.mean("loss") or math.inf):
+        losses, cost = best.values("loss"), costs.get(best.job.method.name, {})
+        gain = own = ""
+        if before is not None:
+            if full is not None:
+                share = (before["loss"] - mean(losses)) / (before["loss"] - mean(full.values("loss")))
+                gain = f"{share:.1%}"
+            text = best.mean("own_text")
+            own = "" if text is None else f"{text - before['own_text']:+.3f}"
+        table.add_row(
+            best.job.method.name,
+            f"{best.rows[0]['trainable_parameters'] / 1e6:.2f}M",
+            best.rate_text,
+            str(len(losses)),
+            f"{mean(losses):.4f}",
+            f"{min(losses):.4f} {max(losses):.4f}",
+            _percent(best.mean("accuracy")),
+            gain,
+            own,
+            f"{cost['peak_gib']:.2f}" if "peak_gib" in cost else "",
+            f"{cost['step']:.2f}" if "step" in cost else "",
+        )
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def every_run(rows: Sequence[Row]) -> Table:
+    """One row a run, as they came."""
+    table = Table(title="every run")
+    for column in ("task", "method", "rate", "seed", "steps", "loss", "stopped", "commit"):
+        table.add_column(column)
+    for row in rows:
+        loss = "" if row.get("loss") is None else f"{row['loss']:.4f}"
+        values = (row["rate"], row["seed"], row["steps"], loss, row.get("stopped", ""), row["commit"][:8])
+        table.add_row(row["task"], row["method"], *map(str, values))
+    return table
+
+
+AXES = {
+    "parameters": ("trained parameters", lambda best, cost: best.rows[0]["trainable_parameters"]),
+    "peak": ("predicted peak of the same setting on Llama-3-8B, GiB", lambda best, cost: cost.get("peak_gib")),
+    "time": ("time of a step, in units of QLoRA's", lambda best, cost: cost.get("step")),
+}
+
+
+def draw(task: str, found: Sequence[Best], costs: dict[str, Row], folder: Path) -> None:
+    """Held-out loss against parameters, peak and time: a dot a method, its range over seeds, the front as a line."""
+    from matplotlib.figure import Figure
+
+    for name, (label, value) in AXES.items():
+        points = [(value(best, costs.get(best.job.method.name, {})), best) for best in found]
+        points = [(x, best) for x, best in points if x is not None]
+        if not points:
+            continue
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        for x, best in points:
+            losses = best.values("loss")
+            color = "tab:blue" if best.job.method.package == "qsvft" else "tab:orange"
+            axes.plot([x, x], [min(losses), max(losses)], color=color, linewidth=1, alpha=0.6)
+            axes.plot(x, mean(losses), "o", color=color, markersize=5)
+            axes.annotate(
+                best.job.method.name, (x, mean(losses)), xytext=(5, 3), textcoords="offset points", fontsize=7
+            )
+        front = _front([(x, mean(best.values("loss"))) for x, best in points])
+        axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8, linestyle="--")
+        if name == "parameters":
+            axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"held-out loss, {task}")
+        axes.spines[["top", "right"]].set_visible(False)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{task}-{name}.png", dpi=120)
+
+
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other betters in both."""
+    front: list[tuple[float, float]] = []
+    for x, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((x, loss))
+    return front
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--study", nargs="+", required=True)
+    parser.add_argument("--costs", type=Path, help="what costs.py wrote")
+    parser.add_argument("--pictures", type=Path, help="the folder to draw in")
+    parser.add_argument("--all", action="store_true", help="print every run too")
+    options = parser.parse_args(arguments)
+    rows = list(results.read(options.runs / "runs.jsonl"))
+    costs = json.loads(options.costs.read_text(encoding="utf-8")) if options.costs else {}
+    console = Console(width=170)
+    by_task: dict[str, list[Best]] = {}
+    for job in jobs(options.study):
+        if (best := found_best(job, rows)) is not None:
+            by_task.setdefault(job.task, []).append(best)
+    for task, found in by_task.items():
+        before = next((row for row in rows if row["task"] == task and row["method"] == UNTRAINED), None)
+        console.print(table_of(task, found, before, costs))
+        if options.pictures:
+            draw(task, found, costs, options.pictures)
+    if options.all:
+        console.print(every_run(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Train every method of a study on every task, at the rates and seeds that are missing: one line of JSON a run.
+
+    python benchmarks/quality/run.py --model DIRECTORY --data DIRECTORY --runs DIRECTORY --study NAME [--minutes 25]
+
+DIRECTORY of the model is a causal language model's as ``save_pretrained`` writes it; that of the data has GSM8K's
+``gsm8k/train.jsonl`` and ``dev.jsonl``, and ``commonsense/NAME.train.jsonl`` and ``NAME.dev.jsonl``. Nothing that has
+its line is done again, so that the command goes on where it was cut off; it may run several times at once, on a core
+each (``--threads 1``), and ``report.py`` makes tables and pictures of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Freed memory is kept: glibc would give every large activation back, to be cleared anew for the next.
+_KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True, help="where runs.jsonl is, or is made")
+    parser.add_argument("--study", nargs="+", required=True, help="names in studies.py")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--threads", type=int, help="of each matrix product")
+    options = parser.parse_args(arguments)
+    work(options)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Do runs until there are none, or the time is up."""
+    import torch
+    from runs import Runs
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs, until = Runs(options.runs, device), time.monotonic() + 60 * options.minutes
+    tasks: dict[Any, Any] = {}
+    while time.monotonic() < until:
+        for job, identity, claim in wanted(options.study, runs):
+            with claim as mine:
+                if mine:
+                    print("{task}: {method}, rate {rate:g}, seed {seed}".format_map(identity), flush=True)
+                    runs.add(identity, _found(job, identity, options, device, runs, tasks))
+                    break
+        else:
+            return
+
+
+def wanted(studies: Sequence[str], runs: Any) -> Iterator[tuple[Any, dict[str, Any], Any]]:
+    """Every job with the run that it wants next, and the claim of that run; first the models before training."""
+    from studies import jobs
+    from sweep import next_run
+
+    rows = runs.read()
+    for job in jobs(studies):
+        if (identity := job.untrained()) and not any(runs.same(row, identity) for row in rows):
+            yield job, identity, runs.claimed(identity)
+    for job in jobs(studies):
+        following = next_run(job.method.start, job.seeds, job.losses(rows))
+        if following is not None:
+            identity = job.identity(*following)
+            yield job, identity, runs.claimed(identity)
+
+
+def _found(job: Any, identity: Any, options: Any, device: str, runs: Any, tasks: dict[Any, Any]) -> dict[str, Any]:
+    from studies import load_task
+    from training import run, untrained
+
+    place = (job.task, job.exact_match)
+    if place not in tasks:
+        tasks[place] = load_task(job, options.model, options.data, options.runs, device)
+    if not identity["steps"]:
+        return untrained(tasks[place], job.held)
+    others = [row["losses"] for row in job.rows(runs.read(), identity["seed"])]
+    return run(
+        tasks[place], job.method, identity["rate"], identity["seed"], job.steps, job.batch_size, job.held, others
+    )
+
+
+if __name__ == "__main__":
+    if not set(_KEPT) <= set(os.environ):  # glibc reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**_KEPT, **os.environ})
+    main()

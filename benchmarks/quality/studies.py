@@ -1,0 +1,147 @@
+"""The studies: which methods train on which tasks, how long and with which seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from base import BF16, DENSE, FRAME, Base
+from language import LanguageTask, own_texts
+from methods import METHODS, Method, Task
+from questions import SHIFT, read_examples, shift_examples
+from sentences import SentenceTask, read_sentences
+
+Row = dict[str, Any]
+
+UNTRAINED = "before training"
+LONGEST = 160
+OWN_TEXTS = "own-texts.json"
+SENTENCES = ("sst2",)
+FILES = {"gsm8k": "gsm8k/{part}.jsonl"}
+COMMONSENSE = "commonsense/{task}.{part}.jsonl"
+HELD_OUT = {"gsm8k": 64, SHIFT: 200}
+CHOICES_HELD_OUT = 200
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method on a task: one sweep of learning rates and its seeds."""
+
+    task: str
+    method: Method
+    steps: int = 40
+    batch_size: int = 8
+    seeds: tuple[int, ...] = (0,)
+    held: str = DENSE
+    exact_match: bool = False
+
+    def identity(self, rate: float, seed: int) -> Row:
+        """What makes a run of this job the one it is."""
+        return {
+            "task": self.task,
+            "method": self.method.name,
+            "options": self.method.options,
+            "rate": rate,
+            "seed": seed,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "held": self.held,
+        }
+
+    def untrained(self) -> Row:
+        """The same of the model before training."""
+        none = {"method": UNTRAINED, "options": {}, "steps": 0, "batch_size": 0}
+        return {**self.identity(0.0, 0), **none}
+
+    def rows(self, rows: Sequence[Row], seed: int | None = None) -> list[Row]:
+        """Those of this job, of one seed or of all."""
+        same = self.identity(0.0, 0)
+        own = [row for row in rows if all(row[name] == same[name] for name in same if name not in ("rate", "seed"))]
+        return [row for row in own if seed in (None, row["seed"])]
+
+    def losses(self, rows: Sequence[Row]) -> dict[int, dict[float, float]]:
+        """Held-out losses by seed and rate, infinite where a run stopped early."""
+        found: dict[int, dict[float, float]] = {}
+        for row in self.rows(rows):
+            loss = row.get("loss")
+            found.setdefault(row["seed"], {})[row["rate"]] = math.inf if loss is None else loss
+        return found
+
+
+def load_task(job: Job, model: Path, data: Path, runs: Path, device: str) -> Task:
+    """The model and the examples of a job; what the model wrote before training lies beside the runs."""
+    if job.task in SENTENCES:
+        base = Base(model, device, classes=2)
+        parts = [read_sentences(data / job.task / f"{part}.tsv", base.tokenizer) for part in ("train", "dev")]
+        return SentenceTask(job.task, base, *parts)
+    base, pattern = Base(model, device), FILES.get(job.task, COMMONSENSE)
+    if job.task == SHIFT:
+        held_out, training = shift_examples(base.tokenizer, HELD_OUT[SHIFT])
+    else:
+        paths = [data / pattern.format(task=job.task, part=part) for part in ("train", "dev")]
+        training, held_out = (read_examples(path, base.tokenizer, LONGEST) for path in paths)
+    held_out = held_out[: HELD_OUT.get(job.task, CHOICES_HELD_OUT)]
+    return LanguageTask(job.task, base, training, held_out, own_texts(base, runs / OWN_TEXTS), job.exact_match)
+
+
+def jobs(names: Sequence[str]) -> Iterator[Job]:
+    """Those of the studies, in their order."""
+    for name in names:
+        if name not in STUDIES:
+            raise SystemExit(f"error: no study {name!r}; there are {', '.join(STUDIES)}")
+        yield from STUDIES[name]
+
+
+FIRST = (
+    "tried: input/output, dense k=96",
+    "tried: singular, dense k=96",
+    "tried: input/output, dense k=192",
+    "full fine-tuning",
+    "tried: input/output, dense, as LoRA r=8",
+    "LoRA r=16",
+    "tried: singular, d=8",
+    "tried: input/output, entries by gradient",
+    "tried: whole/input k=16",
+    "tried: singular, dense k=192",
+    "tried: random, dense k=96",
+    "LoRA r=8",
+)
+RIVALS = ("LoRA r=8", "full fine-tuning")
+CONTENDERS = (
+    "tried: input/output, dense k=96",
+    "tried: input/output, dense k=192",
+    "LoRA r=16",
+    "tried: singular, dense k=96",
+    "LoRA r=8",
+    "tried: singular, d=8",
+    "tried: input/output, dense, as LoRA r=8",
+)
+LEAN = (
+    "two-sided d=8 (the paper's)",
+    "two-sided int8 d=8",
+    "two-sided NF4 d=8",
+    "one-sided d=8",
+    "one-sided int8 d=8",
+    "one-sided NF4 d=8",
+    "one-sided d=8, shared",
+    "one-sided NF4 d=8, shared",
+    "one-sided Hadamard d=8",
+    "one-sided NF4, rank 96, d=8",
+    "one-sided NF4, rank 96, d=32",
+    "LoRA r=8",
+)
+STUDIES: dict[str, list[Job]] = {
+    "lean-options": [Job("sst2", METHODS[name], 80, 16, (0, 1, 2)) for name in LEAN],
+    "contenders": [Job("gsm8k", METHODS[name], batch_size=4, seeds=(0, 1, 2)) for name in CONTENDERS],
+    "toy": [Job(SHIFT, method, 60, 32) for method in METHODS.values() if method.package == "tried"]
+    + [Job(SHIFT, METHODS[name], 60, 32) for name in ("LoRA r=8", "LoRA r=2", "full fine-tuning")],
+    "first": [Job("gsm8k", METHODS[name], batch_size=4) for name in FIRST],
+    "frame": [
+        *(Job("gsm8k", METHODS["one-sided Hadamard d=8"], batch_size=4, held=held) for held in (DENSE, FRAME)),
+        *(Job("gsm8k", METHODS["one-sided d=8"], batch_size=4, held=held) for held in (DENSE, BF16)),
+    ],
+    "rivals": [Job("gsm8k", METHODS[name]) for name in RIVALS],
+}

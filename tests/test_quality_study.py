@@ -1,0 +1,295 @@
+"""The learning study: its rules, its lines on disk, and every method on a small model."""
+
+import json
+import math
+import multiprocessing
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+QUALITY = ROOT / "benchmarks" / "quality"
+MODULES = [path.stem for path in QUALITY.glob("*.py")]
+WORDS = ("good", "fine", "great", "bad", "dull", "poor", "film", "plot", "a", "the")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(QUALITY)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the modules add to it
+    yield
+    for name in (*MODULES, "results"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of word problems, of questions with choices and of sentences, all of a few words."""
+    folder = tmp_path_factory.mktemp("data")
+    sums = [
+        {"question": f"{a}+{b}?", "answer": f"{a}+{b}=<<{a + b}>>\n#### {a + b}"} for a in range(6) for b in range(5)
+    ]
+    asked = "is {} even?\n\nAnswer format: true/false"
+    choices = [{"prompt": asked.format(n), "completion": "false" if n % 2 else "true"} for n in range(30)]
+    for name, rows in (("gsm8k/{}", sums), ("commonsense/boolq.{}", choices)):
+        for part, chosen in (("train", rows[:24]), ("dev", rows[24:])):
+            path = folder / f"{name.format(part)}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(map(json.dumps, chosen)))
+    lines = "\n".join(f"the {noun} {word}\t{index < 3:d}" for noun in WORDS[6:] for index, word in enumerate(WORDS[:6]))
+    (folder / "sst2").mkdir()
+    for part in ("train", "dev"):
+        (folder / "sst2" / f"{part}.tsv").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A small BERT of random weights."""
+    folder = tmp_path_factory.mktemp("encoder")
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
+    BertTokenizerFast(str(vocabulary)).save_pretrained(folder)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=5 + len(WORDS), max_position_embeddings=32, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def call(monkeypatch, jobs, data, runs, model=ROOT / "examples" / "base-model"):
+    """Do every run of a study of these jobs; the lines."""
+    import run
+    import studies
+
+    monkeypatch.setitem(studies.STUDIES, "toy", jobs)
+    run.main(["--model", str(model), "--data", str(data), "--runs", str(runs), "--study", "toy"])
+    return [json.loads(line) for line in (runs / "runs.jsonl").read_text().splitlines()]
+
+
+def job(task, name, **settings):
+    from methods import METHODS
+    from studies import Job
+
+    return Job(task, METHODS[name], **{"steps": 2, "batch_size": 4, **settings})
+
+
+# Rates
+
+
+@given(st.integers(-6, 6), st.floats(1e-5, 1.0))
+def test_a_sweep_ends_inside_of_at_least_four_rates_around_the_best(place, start):
+    from sweep import best_rate, next_rate, rate_at
+
+    def loss(rate):
+        return 1 + abs(math.log2(rate / start) - place)
+
+    losses = {}
+    while (rate := next_rate(start, losses)) is not None:
+        assert rate not in losses
+        losses[rate] = loss(rate)
+    assert best_rate(losses) == rate_at(start, place)
+    assert len(losses) >= 4
+    assert min(losses) < rate_at(start, place) < max(losses)
+
+
+def test_a_sweep_in_which_everything_diverges_ends_without_a_best():
+    from sweep import best_rate, next_rate, next_run
+
+    losses = {}
+    while (rate := next_rate(1e-3, losses)) is not None:
+        losses[rate] = math.inf
+    assert 4 <= len(losses) <= 17
+    assert best_rate(losses) is None
+    assert next_run(1e-3, (0, 1), {0: losses}) is None
+
+
+def test_other_seeds_run_at_the_best_rate_once_it_is_known():
+    from sweep import next_run
+
+    losses = {5e-4: 3.0, 1e-3: 1.0, 2e-3: 2.0, 4e-3: 3.0}
+    assert next_run(1e-3, (0, 1, 2), {0: losses}) == (1e-3, 1)
+    assert next_run(1e-3, (0, 1, 2), {0: losses, 1: {1e-3: 1.0}}) == (1e-3, 2)
+    assert next_run(1e-3, (0, 1), {0: losses, 1: {1e-3: 1.0}}) is None
+
+
+def test_a_run_is_hopeless_where_it_is_far_above_the_best_of_the_same_batches():
+    from training import hopeless
+
+    good = [2.0] * 15 + [1.0] * 25
+    assert hopeless([math.nan], 40, [])
+    assert not hopeless([3.0] * 20, 40, [])  # nothing to compare with
+    assert not hopeless([9.0] * 19, 40, [good])  # between two looks
+    assert not hopeless([9.0] * 15 + [1.14] * 5, 40, [good])
+    assert hopeless([1.0] * 15 + [1.16] * 5, 40, [good])
+    assert hopeless([1.0] * 15 + [1.16] * 5, 40, [good, [9.0] * 40])
+    assert not hopeless([9.0] * 30, 40, [[1.0] * 20])  # which stopped before
+
+
+# Examples
+
+
+def test_choices_are_told_apart_by_one_token_of_the_answer():
+    from questions import encode
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "base-model")
+    example = encode("which?\n\nAnswer format: one/two", "two", tokenizer)
+    first = [tokenizer(name, add_special_tokens=False).input_ids for name in ("one", "two")]
+    assert example.choices == (first[0][0], first[1][0]) and example.place == 0
+    example = encode("which?\n\nAnswer format: a1/a2/a3", "a2", tokenizer)
+    assert len(set(example.choices)) == 3
+    assert example.answer[example.place] == example.choices[1]
+    assert encode("what?", "that", tokenizer).choices == ()
+
+
+def test_choices_that_part_at_different_tokens_are_refused():
+    from questions import encode
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "base-model")
+    with pytest.raises(SystemExit, match="does not tell apart"):
+        encode("which?\nAnswer format: aa/ab/b", "b", tokenizer)
+
+
+def test_a_bad_line_of_the_data_is_named(tmp_path, encoder):
+    from base import Base
+    from questions import read_examples
+    from sentences import read_sentences
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
+    with pytest.raises(SystemExit, match=r"bad\.jsonl, line 2"):
+        read_examples(bad, Base(ROOT / "examples" / "base-model").tokenizer, 99)
+    bad = tmp_path / "bad.tsv"
+    bad.write_text("a good film\t1\nno class\n")
+    with pytest.raises(SystemExit, match=r"bad\.tsv, line 2"):
+        read_sentences(bad, Base(encoder).tokenizer)
+
+
+# Runs
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # PEFT's FRoD
+def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, data, tmp_path, capsys):
+    import report
+    from methods import METHODS
+
+    monkeypatch.setattr("sweep.next_rate", lambda start, losses: None if losses else start)
+    rows = call(monkeypatch, [job("boolq", name) for name in METHODS], data, tmp_path)
+    found = {row["method"]: row for row in rows}
+    assert list(found) == ["before training", *METHODS]
+    for name, row in found.items():
+        assert row["loss"] > 0 and 0 <= row["accuracy"] <= 1 and row["own_text"] > 0, name
+        assert {"machine", "versions", "commit"} <= set(row)
+    base = found["before training"]
+    # FRoD rebuilds every weight in bf16, and the authors' gate starts with an M that is not zero.
+    exact = [name for name in METHODS if name not in ("FRoD", "authors' SVFT d=8, gate")]
+    first = {name: found[name]["losses"][0] for name in exact}
+    assert first == {name: pytest.approx(first["LoRA r=8"], abs=0.05) for name in exact}
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps({"LoRA r=8": {"peak_gib": 7.0, "step": 1.0}}))
+    report.main(
+        ["--runs", str(tmp_path), "--study", "toy", "--costs", str(costs), "--pictures", str(tmp_path), "--all"]
+    )
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in METHODS)
+    assert f"{base['loss']:.4f}" in shown
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "boolq-parameters.png",
+        "boolq-peak.png",
+        "boolq-time.png",
+    }
+
+
+def test_word_problems_are_scored_by_the_number_that_is_written(monkeypatch, data, tmp_path):
+    import language
+
+    rows = call(monkeypatch, [job("gsm8k", "LoRA r=8", exact_match=True, seeds=(3,))], data, tmp_path)
+    assert all(0 <= row["exact_match"] <= 1 for row in rows if row.get("loss") is not None)
+    assert language._number("so <<3>>\n#### 1,234.") == "1234" == language._number("#### 1234")
+    assert language._number("no number") is None
+
+
+def test_sentences_train_an_encoder_with_a_new_head(monkeypatch, data, encoder, tmp_path):
+    monkeypatch.setattr("sweep.next_rate", lambda start, losses: None if losses else start)
+    rows = call(monkeypatch, [job("sst2", "LoRA r=8")], data, tmp_path, encoder)
+    assert [row["method"] for row in rows] == ["before training", "LoRA r=8"]
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+
+
+def test_no_run_is_done_twice_and_an_interrupted_study_goes_on(monkeypatch, data, tmp_path):
+    import training
+
+    jobs = [job("gsm8k", "LoRA r=8", seeds=(0, 1))]
+    run_once, begun = training.run, []
+
+    def interrupted(task, method, rate, seed, *rest):
+        begun.append((rate, seed))
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return run_once(task, method, rate, seed, *rest)
+
+    monkeypatch.setattr(training, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, jobs, data, tmp_path)
+    kept = (tmp_path / "runs.jsonl").read_text()
+    assert kept.count("\n") == 3  # the model before training, and two rates
+    rows = call(monkeypatch, jobs, data, tmp_path)
+    assert (tmp_path / "runs.jsonl").read_text().startswith(kept)
+    done = [(row["rate"], row["seed"]) for row in rows[1:]]
+    assert len(set(done)) == len(done) and {seed for _, seed in done} == {0, 1}
+    assert call(monkeypatch, jobs, data, tmp_path) == rows
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_the_same_seed_gives_the_same_losses(monkeypatch, data, tmp_path):
+    monkeypatch.setattr("sweep.next_rate", lambda start, losses: None if losses else start)
+    first, second = (call(monkeypatch, [job("gsm8k", "LoRA r=8")], data, tmp_path / name)[1] for name in "ab")
+    assert first["losses"] == second["losses"] and first["loss"] == second["loss"]
+
+
+def test_a_run_that_another_process_does_is_left_to_it(tmp_path):
+    from runs import IDENTITY, Runs
+
+    runs, identity = Runs(tmp_path), {name: name for name in IDENTITY}
+    context = multiprocessing.get_context("fork")
+    with runs.claimed(identity) as mine:
+        assert mine
+        parent, child = context.Pipe()
+        process = context.Process(target=_claim, args=(tmp_path, identity, child))
+        process.start()
+        assert parent.recv() is False
+        process.join()
+        runs.add(identity, {"loss": 1.0})
+    with runs.claimed(identity) as mine:
+        assert not mine  # it is done
+    with runs.claimed({**identity, "seed": 1}) as mine:
+        assert mine
+
+
+def _claim(folder, identity, pipe):
+    from runs import Runs
+
+    with Runs(folder).claimed(identity) as mine:
+        pipe.send(mine)
+
+
+def test_the_dense_base_holds_the_numbers_of_the_quantised_one(data, tmp_path):
+    import torch
+    from base import DENSE, NF4, Base
+    from methods import METHODS, Setting
+    from studies import load_task
+
+    task = load_task(job("gsm8k", "LoRA r=8"), ROOT / "examples" / "base-model", data, tmp_path, "cpu")
+    assert isinstance(task.base, Base)
+    batch = task.batches(0, 1, 8)[0]
+    losses = []
+    for held in (DENSE, NF4):
+        model = METHODS["LoRA r=8"].make(task.load(held, 0), Setting(task, 0, held, []))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            losses.append(float(task.loss(model, batch)))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
