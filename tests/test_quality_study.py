@@ -205,6 +205,38 @@ def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, d
     }
 
 
+def test_costs_are_bytes_by_the_ledger_and_times_in_units_of_qloras(monkeypatch, tmp_path):
+    import costs
+    import studies
+    from transformers import LlamaConfig
+
+    small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name, value in (("SIZES", small), ("TOKENS", 32), ("MODEL", LlamaConfig(vocab_size=512, **small))):
+        monkeypatch.setattr(costs, name, value)
+    names = ("one-sided d=8", "tried: input/output, dense k=96", "full fine-tuning")
+    monkeypatch.setitem(studies.STUDIES, "toy", [job("gsm8k", name) for name in names])
+    costs.main(["--study", "toy", "--out", str(tmp_path / "costs.json"), "--rounds", "2"])
+    found = json.loads((tmp_path / "costs.json").read_text())
+    assert list(found) == [costs.UNIT, *names]
+    assert found[costs.UNIT]["step"] == 1.0
+    assert all(cost["step"] > 0 for cost in found.values())
+    assert [name for name, cost in found.items() if "peak_gib" in cost] == [costs.UNIT, *names[:2]]
+
+
+def test_a_base_rounded_in_a_frame_is_as_close_to_the_weights_as_one_rounded_as_it_is():
+    from base import BF16, DENSE, FRAME, Base
+
+    base = Base(ROOT / "examples" / "base-model")
+    weights = {held: dict(base.load(held).named_parameters()) for held in (BF16, DENSE, FRAME)}
+    for name, W in weights[BF16].items():
+        errors = [float((weights[held][name] - W).float().norm() / W.float().norm()) for held in (DENSE, FRAME)]
+        if name.endswith("proj.weight"):
+            assert all(0.05 < error < 0.12 for error in errors), name
+            assert not weights[DENSE][name].equal(weights[FRAME][name])
+        else:
+            assert errors == [0, 0], name
+
+
 def test_word_problems_are_scored_by_the_number_that_is_written(monkeypatch, data, tmp_path):
     import language
 

@@ -32,6 +32,7 @@ from qsvft.lean.checkpointing import enable_checkpointing
 
 UNIT = "LoRA r=16"
 TOKENS, VOCABULARY = 1024, 8192
+SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
 MODEL, LENGTH = "llama-3-8b", 2048
 
 
@@ -55,8 +56,7 @@ def batch() -> dict[str, torch.Tensor]:
 def stepper(method: Method) -> Any:
     """A function that does one step of a method."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
-    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).to(torch.bfloat16)
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZES)).to(torch.bfloat16)
     tokens, task = batch(), Noise()
     setting: Any = Setting(task, 0, DENSE, [tokens])
     adapted = method.make(model.requires_grad_(False), setting)
