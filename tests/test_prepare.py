@@ -160,6 +160,12 @@ def test_rank_pattern_and_exclude_modules_reach_the_layers(model):
     assert ranks == {"q_proj": 20, "k_proj": 10, "v_proj": 20, "o_proj": 20, "gate_proj": 20, "up_proj": 20}
 
 
+@pytest.mark.parametrize(("pattern", "entries"), [("plain", 4), ("dense", 16)])
+def test_off_diagonals_do_not_limit_the_rank_where_the_pattern_has_none(llama, pattern, entries):
+    model = qsvft.prepare(load(llama), rank=4, off_diagonals=8, pattern=pattern)
+    assert {M.numel() for name, M in model.named_parameters() if "qsvft_M" in name} == {entries}
+
+
 def test_a_whole_config_does_what_its_options_do(llama):
     options = {"rank": 20, "off_diagonals": 2, "task_type": "CAUSAL_LM"}
     by_config = qsvft.prepare(load(llama), config=QSVFTConfig(**options))

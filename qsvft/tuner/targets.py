@@ -127,7 +127,7 @@ def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int], group: Input
             f"{limit}. Use rank=None for full rank, a smaller rank, or "
             f"rank_pattern={{'{name.split('.')[-1]}': {limit}}}."
         )
-    if config.pattern != "plain" and config.off_diagonals >= rank:
+    if config.pattern not in ("plain", "dense") and config.off_diagonals >= rank:
         raise ValueError(
             f"{name}: off_diagonals={config.off_diagonals} needs a rank above it, found rank {rank} (its weight is "
             f"{m} x {n}). Expected off_diagonals of at most {rank - 1}: lower it, use pattern='plain', or exclude the "
