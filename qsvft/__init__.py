@@ -18,6 +18,7 @@ from .memory import MemoryReport, Recommendation, describe, held_bytes, profile,
 from .prepare import prepare
 from .storage.quantization import quantize
 from .tuner import QSVFTConfig, QSVFTModel
+from .tuner.calibration import calibrate
 from .use_factors import use_factors
 from .version import __version__
 
@@ -27,6 +28,7 @@ __all__ = [
     "QSVFTModel",
     "Recommendation",
     "__version__",
+    "calibrate",
     "describe",
     "disable_chunked_loss",
     "enable_chunked_loss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .prepare import attach_lean
 from .storage.factor_files import FactorFiles
+from .tuner.calibration import check_calibration
 from .tuner.config import QSVFTConfig
 from .tuner.targets import check_targets, groups_of
 from .tuner.tasks import config_for, left_whole
@@ -41,6 +42,7 @@ def from_pretrained(
     adapter: str | os.PathLike[str] | None = None,
     config: QSVFTConfig | None = None,
     adapter_name: str = "default",
+    calibration: Iterable[Mapping[str, Any]] | None = None,
     factors: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
@@ -66,6 +68,7 @@ def from_pretrained(
         adapter: a trained adapter to load, a directory or a hub id, in place of a new one; it stays trainable.
         config: a whole :class:`QSVFTConfig` for a new adapter; give this or single options.
         adapter_name: name of the adapter.
+        calibration: batches for ``basis="data"``, see :func:`prepare`.
         factors: a prepared directory whose factors are to be used, see :func:`use_factors`.
         dtype: of the weights before they are quantised, None as the checkpoint has them.
         device_map: where the model goes, as in transformers; None for the current GPU, or the CPU.
@@ -114,6 +117,7 @@ def from_pretrained(
     if config is None and adapter is None:
         config = config_for(model, {**recorded_options(record), **fields})
     if config is not None:
+        check_calibration(config, calibration)
         _check_factors(path_or_id, model, config)
     switches = Switches(**lean)
     _hold_vocabulary(model, switches.quantize_embeddings, config)
@@ -124,7 +128,8 @@ def from_pretrained(
         # Read on the CPU: a self-contained adapter's factors go to the card once, when it is attached.
         return PeftModel.from_pretrained(frozen, adapter, adapter_name, is_trainable=True, torch_device="cpu")
 
-    return attach_lean(model, attach, switches, progress)
+    seen = None if config is None or calibration is None else (config, calibration)
+    return attach_lean(model, attach, switches, progress, seen)
 
 
 def _load(
@@ -184,7 +189,7 @@ def _check_bits(name: str | os.PathLike[str], bits: int | None, record: dict[str
 def _check_factors(name: str | os.PathLike[str], model: PreTrainedModel, config: QSVFTConfig) -> None:
     """Refuse what would be decomposed: whoever loads a prepared directory does not expect to wait for that."""
     files = vars(model).get("qsvft_factors")
-    if config.basis == "hadamard" or not isinstance(files, FactorFiles):
+    if config.basis != "singular" or not isinstance(files, FactorFiles):
         return
     targets = check_targets(model, config, left_whole(config))
     for stored in stored_forms(model, config, targets, groups_of(model, config, targets)):

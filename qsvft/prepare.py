@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -21,6 +21,7 @@ from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .storage.alignment import align_tensors
 from .storage.quantization import quantize
+from .tuner.calibration import calibrate, check_calibration
 from .tuner.config import QSVFTConfig
 from .tuner.progress import progress_bars
 from .tuner.targets import check_targets
@@ -35,6 +36,7 @@ def prepare(
     fit: str | float | Mapping[str, Any] | Recommendation | None = None,
     config: QSVFTConfig | None = None,
     adapter_name: str = "default",
+    calibration: Iterable[Mapping[str, Any]] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> PeftModel:
@@ -54,6 +56,8 @@ def prepare(
             that are not given are then those of :func:`qsvft.recommend`, and not the defaults.
         config: a whole :class:`QSVFTConfig`; give either this or single options, or ``fit``.
         adapter_name: name of the adapter.
+        calibration: a few batches of what is to be trained on, from which ``basis="data"`` takes its directions; see
+            :func:`calibrate`.
         progress: show progress bars.
         **options: the switches gradient_checkpointing (on), offload (off), chunked_loss (on) and quantize_embeddings
             (16), see :class:`~qsvft.lean.switches.Switches`; and fields of :class:`QSVFTConfig`, such as rank=1024,
@@ -77,8 +81,9 @@ def prepare(
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
         options = fitting_options(model, fit, bits, {**lean, **fields}, progress)
-        return prepare(model, bits, adapter_name=adapter_name, progress=progress, **options)
+        return prepare(model, bits, adapter_name=adapter_name, calibration=calibration, progress=progress, **options)
     config = config if config is not None else config_for(model, fields)
+    check_calibration(config, calibration)
     trained_whole = [*(config.modules_to_save or []), *left_whole(config)]
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
     check_residual(config, bits)
@@ -90,26 +95,42 @@ def prepare(
         vocabulary.quantize_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     record = config.factor_options()  # as they were given: PEFT puts names in place of "all-linear"
     prepared = attach_lean(
-        model, lambda frozen: get_peft_model(frozen, config, adapter_name=adapter_name), switches, progress
+        model,
+        lambda frozen: get_peft_model(frozen, config, adapter_name=adapter_name),
+        switches,
+        progress,
+        None if calibration is None else (config, calibration),
     )
     mark_prepared(model, record)
     return prepared
 
 
 def attach_lean(
-    model: nn.Module, attach: Callable[[nn.Module], nn.Module], switches: Switches, progress: bool = True
+    model: nn.Module,
+    attach: Callable[[nn.Module], nn.Module],
+    switches: Switches,
+    progress: bool = True,
+    calibration: tuple[QSVFTConfig, Iterable[Mapping[str, Any]]] | None = None,
 ) -> PeftModel:
     """Attach adapters to a model that is quantised already, and make its training step lean; see :func:`prepare`."""
     with progress_bars(progress):
-        prepared = attach(lean_norms(model))
+        lean_norms(model)
+        if calibration is not None:
+            _make_lean(model, switches)  # a batch of the calibration then fits where a step fits
+            calibrate(model, *calibration)
+        prepared = attach(model)
     assert isinstance(prepared, PeftModel)
+    _make_lean(model, switches)
+    return prepared
+
+
+def _make_lean(model: nn.Module, switches: Switches) -> None:
     if switches.gradient_checkpointing:
         enable_checkpointing(model)
     if switches.offload:
         offload_checkpoints(model)
     if switches.chunked_loss and chunked_loss_obstacle(model) is None:
         enable_chunked_loss(model)
-    return prepared
 
 
 def _refuse_prepared(model: nn.Module) -> None:

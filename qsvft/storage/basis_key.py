@@ -5,6 +5,7 @@
     V_bf16_randomized_256    256 randomized directions; those of another rank are others, and never extend them
     V_bf16_float32           singular vectors computed in fp32; V_bf16_float32_256 where they are randomized
     V_int8_original          those of the dense weight that a residual base was made from
+    V_bf16_data_96           96 directions of what passed through the layer on some data
     V_hadamard_0_64          64 directions of the seeded Hadamard basis
     V_bf16@1                 others than those that the layer holds under V_bf16
 
@@ -19,7 +20,7 @@ from ..maths.decomposition import EXACT, Decomposer
 
 HELD = {16: "bf16", 8: "int8", 4: "nf4"}
 
-_OF, _BESIDE = "_of_", "@"
+_OF, _BESIDE, _DATA = "_of_", "@", "_data_"
 
 
 class BasisKey(str):
@@ -56,6 +57,11 @@ class BasisKey(str):
         return cls(f"{side}_{HELD[bits]}{how}{'_original' if original else ''}{cls._shared(group)}")
 
     @classmethod
+    def data(cls, side: str, bits: int, rank: int) -> BasisKey:
+        """The key of directions that come from data: those of another rank are others."""
+        return cls(f"{side}_{HELD[bits]}{_DATA}{rank}")
+
+    @classmethod
     def hadamard(cls, side: str, seed: int, rank: int, *, group: str | None = None) -> BasisKey:
         """The key of seeded Hadamard directions."""
         return cls(f"{side}_hadamard_{seed}_{rank}{cls._shared(group)}")
@@ -73,6 +79,11 @@ class BasisKey(str):
     def shared(self) -> bool:
         """Whether layers share the basis."""
         return _OF in self
+
+    @property
+    def from_data(self) -> bool:
+        """Whether its directions come from data, so that only an adapter has them."""
+        return _DATA in self
 
     @property
     def plain(self) -> BasisKey:

@@ -67,7 +67,9 @@ def hold_bases(
     source, found = looked_up.look_up(owner, form.sizes((m, n)), rank, config.factor_bits, weight.device)
     if source is not None and source is sources.own:
         sources.check_weight(layer.module_name, form.inward, weight)
-    new: Mapping[BasisKey, Basis] = found if source is not None else _computed(form, weight, rank, config, group, held)
+    new: Mapping[BasisKey, Basis] = (
+        found if source is not None else _computed(layer.module_name, form, weight, rank, config, group, held)
+    )
     names = {key: key for key in form.keys}
     for key, basis in new.items():
         names[key] = _place(held, key, basis, source is None or source is not sources.own)
@@ -78,12 +80,24 @@ def hold_bases(
 
 
 def _computed(
-    form: Form, weight: Tensor, rank: int, config: QSVFTConfig, group: InputGroup | None, held: Mapping[BasisKey, Basis]
+    layer: str,
+    form: Form,
+    weight: Tensor,
+    rank: int,
+    config: QSVFTConfig,
+    group: InputGroup | None,
+    held: Mapping[BasisKey, Basis],
 ) -> dict[BasisKey, Basis]:
     """Those of the bases of which less than ``rank`` directions are held, anew."""
     missing = [key for key in form.keys if key not in held or held[key].rank < rank]
     if not missing:
         return {}
+    if config.basis == "data" and not weight.is_meta:
+        raise ValueError(
+            f"{layer}: basis='data' needs directions that come from batches of data, found none of rank {rank} "
+            "for it. Give prepare() calibration=batches, or call qsvft.calibrate(model, config, batches) before the "
+            "adapter is attached."
+        )
     if form.seeded:
         size = weight.shape[1] if form.kind == "input" else weight.shape[0]
         return {form.inward: HadamardBasis(size, rank, config.seed, weight.device)}

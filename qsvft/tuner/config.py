@@ -22,7 +22,7 @@ from ..storage.whole_files import whole_file
 from .peft_type import QSVFT
 
 SIDES = ("one", "both")
-BASES = ("singular", "hadamard")
+BASES = ("singular", "hadamard", "data")
 UNITS = ("weight", "one")
 
 
@@ -84,7 +84,10 @@ class QSVFTConfig(PeftConfig):
             and compute Vᵀ x once. True finds them by their names in transformers' models; a list of lists of
             sibling names, [["q_proj", "k_proj"]], says which. One-sided form only, where it is the default.
         basis: "singular" (singular vectors) or "hadamard" (seeded random signs and a Walsh-Hadamard transform:
-            nothing stored, nothing decomposed; one-sided form only).
+            nothing stored, nothing decomposed; one-sided form only), or "data": V holds the leading directions of the
+            layer's inputs on some batches, U those of the gradient of its outputs (``sides="both"`` only; see
+            :func:`qsvft.calibrate`). They cannot be computed again, so that the adapter carries them
+            (``include_factors``).
         decomposition: how U and V are computed: "exact" (fp64 singular vectors), "randomized" (fp64, directions that
             hold nearly the most energy that ``rank`` directions can, for a fraction of the time where the rank is
             small), "auto" (randomized where a weight has at least 1024 directions and the rank is at most an eighth of
@@ -194,7 +197,7 @@ class QSVFTConfig(PeftConfig):
     basis: str = option(
         "singular",
         WORD,
-        "Singular vectors, or a seeded Hadamard transform (nothing stored).",
+        "Singular vectors, a seeded Hadamard transform (nothing stored), or directions from data.",
         *one_of(BASES),
         of_factors=True,
         counted=True,
@@ -242,6 +245,7 @@ class QSVFTConfig(PeftConfig):
         elif not isinstance(self.share_inputs, bool):
             self.share_inputs = [list(names) for names in self.share_inputs]
         self._validate_together()
+        self.include_factors = self.include_factors or self.basis == "data"
 
     def _validate_together(self) -> None:
         """What only goes with one form."""
@@ -251,6 +255,8 @@ class QSVFTConfig(PeftConfig):
                     _refuse(
                         name, getattr(self, name), f"sides='one' with {name}={getattr(self, name)!r}; sides is 'both'"
                     )
+        elif self.basis == "data":
+            _refuse("basis", "data", "sides='both' with basis='data'; sides is 'one'")
         elif self.residual:
             _refuse("residual", True, "sides='both' with residual=True (it adds U S V^T back); sides is 'one'")
 

@@ -62,6 +62,8 @@ def form_of(
         method = chosen_method(min(shape) if limit is None else limit, rank, str(config.decomposition))
 
     def key(side: str) -> BasisKey:
+        if config.basis == "data":
+            return BasisKey.data(side, config.factor_bits, rank)
         if seeded:
             return BasisKey.hadamard(side, config.seed, rank, group=group)
         original = config.residual

@@ -21,16 +21,38 @@ from .config import QSVFTConfig
 from .probe import SIZE, TOLERANCE, relative_difference, weight_sketch
 
 
+class DataDirections:
+    """Directions in memory that came from data: what :func:`~qsvft.tuner.calibration.calibrate` leaves on a model.
+
+    Args:
+        bases: by layer and key.
+    """
+
+    def __init__(self, bases: Mapping[tuple[str, BasisKey], StoredBasis]) -> None:
+        self._bases = dict(bases)
+
+    def basis(self, owner: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
+        """``rank`` directions of R^size, None if it has not just that many."""
+        found = self._bases.get((owner, key))
+        return found.to(device) if found is not None and (found.rank, found.size) == (rank, size) else None
+
+    def scale(self, layer: str, key: BasisKey, rank: int, tail_damping: float, device: torch.device) -> Tensor | None:
+        """None: it knows no weight."""
+        return None
+
+
 @dataclass(frozen=True)
 class Sources:
     """The sources for one adapter.
 
     Attributes:
         own: the file of a self-contained adapter.
+        data: directions that came from data.
         given: a prepared directory, or what else was given for the model.
     """
 
     own: FactorFiles | None = None
+    data: DataDirections | None = None
     given: FactorSource | None = None
 
     def look_up(
@@ -48,7 +70,7 @@ class Sources:
         Raises:
             ValueError: a basis that is held otherwise, or is damaged.
         """
-        for source in (self.own, self.given):
+        for source in (self.own, self.data, self.given):
             if source is None:
                 continue
             found = {key: source.basis(owner, key, rank, size, device) for key, size in sizes.items()}
@@ -104,7 +126,8 @@ def sources_of(config: QSVFTConfig, model: nn.Module) -> Sources:
     Raises:
         ValueError: the file is damaged.
     """
-    return Sources(_own_factors(config), getattr(model, "qsvft_factors", None))
+    data = vars(model).get("qsvft_directions")
+    return Sources(_own_factors(config), data, getattr(model, "qsvft_factors", None))
 
 
 def _own_factors(config: QSVFTConfig) -> FactorFiles | None:

@@ -182,7 +182,7 @@ def stored_forms(
         targets: the layers it means.
         groups: those that share an input, by each member's name.
     """
-    if config.basis == "hadamard":
+    if config.basis != "singular":
         return []
     # Members of a group may differ in rank: a basis has directions enough for all that read it.
     found: dict[tuple[Form, tuple[str, ...]], tuple[int, tuple[str, ...]]] = {}

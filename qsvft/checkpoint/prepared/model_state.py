@@ -46,8 +46,8 @@ def held_factors(model: nn.Module) -> dict[str, Tensor]:
         owners = {key: form.owner(name) for form in layer.forms.values() for key in form.keys}
         one_sided = {form.inward for form in layer.forms.values() if form.kind != "both"}
         for key, basis in layer.held_bases().items():
-            if not isinstance(basis, StoredBasis) or key != key.plain:
-                continue  # a basis that an adapter brought along is the adapter's
+            if not isinstance(basis, StoredBasis) or key != key.plain or key.from_data:
+                continue  # a basis that an adapter brought along, or that came from data, is the adapter's
             tensors |= factor_tensors(owners.get(key, name), key, basis)
             if key in one_sided:
                 s, rms = measured_scale(layer.original_weight(), basis, key.side, basis.rank)

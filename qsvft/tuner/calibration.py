@@ -1,0 +1,175 @@
+"""``calibrate``: the directions of ``basis="data"``, from a few batches that pass through the model.
+
+    V  the leading eigenvectors of Σ x xᵀ           over the layer's inputs x
+    U  the leading eigenvectors of Σ g gᵀ           over the gradients g of the loss by the layer's outputs
+
+Sums run over the tokens of the batches. In these directions the second moments of the gradient Σ g xᵀ are as far from
+even as they can be, so that its k x k corner holds the most; and AdamW, which divides by them, comes close to what
+Shampoo and SOAP do for whole weights (arXiv 2409.11321).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from ..maths.covariance import CovarianceSketch
+from ..storage.basis_key import BasisKey
+from ..storage.factors import StoredBasis
+from ..storage.stored_matrix import StoredMatrix
+from .config import QSVFTConfig
+from .progress import progress_shown
+from .sources import DataDirections
+from .targets import check_targets, rank_of, shape_of
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def calibrate(model: nn.Module, config: QSVFTConfig, batches: Iterable[Batch], loss: Loss | None = None) -> None:
+    """Find the directions of ``basis="data"`` for the adapters that are attached to a model from now on.
+
+    A few batches of what is to be trained on are enough: some thousand tokens. Each takes a forward and a backward; M,
+    optimizer and gradients of weights there are none. Beside the model it holds (m + n)(k + 32) numbers in fp32 a layer
+    on the CPU.
+
+    Args:
+        model: quantised as it will be trained, without the adapter. Nothing of it changes.
+        config: of the adapter, with ``basis="data"``.
+        batches: keyword arguments of the model, labels among them; as a Trainer's data loader gives them.
+        loss: of the model and a batch; None for ``model(**batch).loss``.
+
+    Raises:
+        ValueError: another basis; no batch; a loss that is no finite number; a layer that no batch reached.
+    """
+    if config.basis != "data":
+        raise ValueError(
+            f"calibrate(): the config has basis={config.basis!r}, which takes nothing from data; expected basis='data'."
+        )
+    layers = {name: model.get_submodule(name) for name in check_targets(model, config)}
+    watch = _Watch(layers, config)
+    with _frozen(model), watch.attached(), torch.enable_grad():
+        for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=not progress_shown()):
+            watch.see(model, send_to_device(batch, next(model.parameters()).device), loss)
+    holder: Any = model
+    holder.qsvft_directions = DataDirections(watch.bases())
+
+
+def check_calibration(config: QSVFTConfig, calibration: object) -> None:
+    """Refuse data for a basis that takes none, and a basis that takes data without any."""
+    if (calibration is None) == (config.basis == "data"):
+        found = "none" if calibration is None else "some"
+        raise ValueError(
+            f"calibration: found {found} with basis={config.basis!r}; expected batches of data with basis='data', and "
+            "none with any other."
+        )
+
+
+class _Watch:
+    """Sums of what passes through some layers."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], config: QSVFTConfig) -> None:
+        self._layers, self._config = layers, config
+        self._recording, self._batches = False, 0
+        self._mask: Tensor | None = None
+        self._inputs: dict[str, CovarianceSketch] = {}
+        self._gradients: dict[str, CovarianceSketch] = {}
+        for name, layer in layers.items():
+            m, n = shape_of(layer, name)
+            rank = rank_of(config, name, (m, n))
+            self._inputs[name], self._gradients[name] = CovarianceSketch(n, rank), CovarianceSketch(m, rank)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While this lasts, the layers' forwards are looked at."""
+        hooks = [layer.register_forward_pre_hook(_ask_for_gradients) for layer in self._layers.values()]
+        hooks += [layer.register_forward_hook(self._look(name)) for name, layer in self._layers.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def see(self, model: nn.Module, batch: Any, loss: Loss | None) -> None:
+        """Add a batch."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._recording = True  # not while a checkpoint computes a layer again
+        try:
+            found = model(**batch).loss if loss is None else loss(model, batch)
+        finally:
+            self._recording = False
+        if not (isinstance(found, Tensor) and bool(torch.isfinite(found.detach()))):
+            raise ValueError(
+                f"calibration: the loss of batch {self._batches} is {found}; expected a finite number. Give batches "
+                "with labels, or loss=, a function of the model and a batch."
+            )
+        found.backward()
+        self._batches += 1
+
+    def _look(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def look(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if not self._recording:
+                return
+            x = inputs[0].detach()
+            self._inputs[name].add(self._rows(x))
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda g: self._gradients[name].add(g.flatten(0, -2)))
+
+        return look
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The tokens of an activation, without those of the padding (whose gradients are zero anyway)."""
+        if self._mask is not None and x.shape[:-1] == self._mask.shape:
+            return x[self._mask.bool()]
+        return x.flatten(0, -2)
+
+    def bases(self) -> dict[tuple[str, BasisKey], StoredBasis]:
+        """U and V of every layer, by its name and key."""
+        if not self._batches:
+            raise ValueError("calibration: found no batch; expected a few, such as four of those to train on.")
+        unseen = [name for name, sketch in self._gradients.items() if not sketch.energy]
+        if unseen:
+            raise ValueError(
+                f"{unseen[0]}: no batch of the calibration reached this layer ({len(unseen)} of {len(self._layers)} "
+                "such): no gradient came by. Give more batches, or leave those layers out with exclude_modules."
+            )
+        bits, found = self._config.factor_bits, {}
+        for side, sketches in (("V", self._inputs), ("U", self._gradients)):
+            for name, sketch in sketches.items():
+                rows = sketch.directions()[1]
+                found[name, BasisKey.data(side, bits, rows.shape[0])] = StoredBasis(StoredMatrix.hold(rows, bits))
+        return found
+
+
+def _ask_for_gradients(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Nothing before the first adapted layer trains: its input has to ask for the graph."""
+    x = inputs[0]
+    if torch.is_grad_enabled() and not x.requires_grad and x.is_floating_point():
+        x.requires_grad_()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """While this lasts, no parameter asks for a gradient, and the model trains, without dropout."""
+    asked = [p for p in model.parameters() if p.requires_grad]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        model.train()
+        for module, _ in modes:
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+        for module, mode in modes:
+            module.training = mode

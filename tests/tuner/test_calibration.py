@@ -1,0 +1,205 @@
+"""Directions from data: what they are, that finding them changes nothing, and an adapter on them from end to end."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from small_models import coefficients, load, logits, randomize, same_tensors, save_llama, state, tokens
+
+import qsvft
+from qsvft import QSVFTConfig
+from qsvft.tuner import QSVFTLinear
+
+OPTIONS = {"basis": "data", "sides": "both", "pattern": "dense", "rank": 8}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def batches(count=3, rows=4, length=16, first=0):
+    found = [tokens(rows, length, first + seed) for seed in range(count)]
+    return [{"input_ids": ids, "labels": ids.clone()} for ids in found]
+
+
+def passed_through(model, data):
+    """(x, g) of every linear layer but the head, all tokens in rows, by hooks of the test's own."""
+    found, read = {}, {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    hooks = []
+    for name, layer in layers.items():
+        found[name] = ([], [])
+        hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0].detach()})))
+
+        def backward(_, __, outputs, name=name):
+            found[name][0].append(read[name].flatten(0, 1))
+            found[name][1].append(outputs[0].flatten(0, 1))
+
+        hooks.append(layer.register_full_backward_hook(backward))
+    for batch in data:
+        model(**batch).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return {name: tuple(torch.cat(rows).double() for rows in pair) for name, pair in found.items()}
+
+
+def layers(model):
+    return {
+        name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, QSVFTLinear)
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_u_and_v_are_the_leading_directions_of_what_passes_through_a_layer(llama, checkpointing):
+    seen = passed_through(load(llama, torch.float32), batches())
+    model = qsvft.prepare(
+        load(llama, torch.float32), 16, calibration=batches(), gradient_checkpointing=checkpointing, **OPTIONS
+    )
+    for name, layer in layers(model).items():
+        form = layer.forms["default"]
+        for key, rows in ((form.inward, seen[name][0]), (form.outward, seen[name][1])):
+            held = layer.basis(key).dense(torch.float64)
+            best = torch.linalg.eigvalsh(rows.T @ rows).flip(0)[:8].sum()
+            assert float((rows @ held.T).square().sum() / best) == pytest.approx(1, abs=3e-2), (name, key)
+            torch.testing.assert_close(held @ held.T, torch.eye(8, dtype=torch.float64), rtol=0, atol=2e-2)
+
+
+def test_they_hold_more_of_the_gradient_than_singular_vectors(llama):
+    seen = passed_through(load(llama, torch.float32), batches(first=50))  # other batches than those of the calibration
+    held = {}
+    for basis, more in (("data", {"calibration": batches()}), ("singular", {})):
+        model = qsvft.prepare(load(llama, torch.float32), 16, **{**OPTIONS, "basis": basis}, **more)
+        held[basis] = 0.0
+        for name, layer in layers(model).items():
+            x, g = seen[name]
+            U, V = (
+                layer.basis(key).dense(torch.float64)
+                for key in (layer.forms["default"].outward, layer.forms["default"].inward)
+            )
+            held[basis] += float((U @ g.T @ x @ V.T).square().sum() / (g.T @ x).square().sum())
+    assert held["data"] > 2 * held["singular"]
+
+
+def test_calibrating_changes_nothing_of_the_model(llama):
+    model = qsvft.quantize(load(llama), bits=4).eval()
+    model.model.norm.weight.requires_grad_(False)
+    before, asked = state(model), [name for name, p in model.named_parameters() if p.requires_grad]
+    expected = logits(model)
+    qsvft.calibrate(model, QSVFTConfig(**OPTIONS), batches())
+    assert same_tensors(state(model), before)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == asked
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_an_adapter_on_them_trains_is_saved_with_them_and_loads_without_data(llama, tmp_path, bits):
+    options = {**OPTIONS, "factor_bits": bits}
+    model = qsvft.prepare(load(llama), 4, calibration=batches(), **options)
+    assert torch.equal(logits(model), logits(qsvft.prepare(load(llama), 4, rank=8, off_diagonals=2)))
+    model(**batches(1)[0]).loss.backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in model.parameters() if p.requires_grad)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    assert any("_data_8" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    again = PeftModel.from_pretrained(qsvft.quantize(load(llama), bits=4), tmp_path)
+    assert torch.equal(logits(again), logits(model)) and same_tensors(coefficients(again), coefficients(model))
+    again.save_pretrained(tmp_path / "again")
+    third = PeftModel.from_pretrained(qsvft.quantize(load(llama), bits=4), tmp_path / "again")
+    assert torch.equal(logits(third), logits(model))
+
+
+def test_merged_it_computes_what_the_adapter_does(llama):
+    model = randomize(qsvft.prepare(load(llama, torch.float32), 4, calibration=batches(), **OPTIONS))
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_is_not_looked_at(llama):
+    ids = tokens(4, 12)
+    padded = torch.cat([ids, torch.full((4, 9), 7)], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(4, 9, dtype=ids.dtype)], 1)
+    labels = padded.masked_fill(mask == 0, -100)
+    models = [
+        qsvft.prepare(load(llama, torch.float32), 16, calibration=[batch], **OPTIONS)
+        for batch in (
+            {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)},
+            {"input_ids": padded, "labels": labels, "attention_mask": mask},
+        )
+    ]
+    for one, other in zip(*(layers(model).values() for model in models), strict=True):
+        V, W = (layer.basis(layer.forms["default"].inward).dense(torch.float64) for layer in (one, other))
+        torch.testing.assert_close(V.T @ V, W.T @ W, rtol=0, atol=3e-2)
+
+
+def test_pefts_own_door_takes_what_calibrate_left_and_says_what_to_do_without(llama):
+    config = QSVFTConfig(task_type="CAUSAL_LM", **OPTIONS)
+    with pytest.raises(ValueError, match=r"q_proj: basis='data' needs directions .* rank 8 .* qsvft\.calibrate\(model"):
+        get_peft_model(qsvft.quantize(load(llama), bits=4), config)
+    model = qsvft.quantize(load(llama), bits=4)
+    qsvft.calibrate(model, config, batches())
+    assert len(layers(get_peft_model(model, QSVFTConfig(task_type="CAUSAL_LM", **OPTIONS)))) == 14
+
+
+def test_a_prepared_directory_is_calibrated_when_it_is_loaded(llama, tmp_path):
+    qsvft.prepare_checkpoint(llama, tmp_path / "prepared", **OPTIONS)
+    model = qsvft.from_pretrained(tmp_path / "prepared", calibration=batches(), pattern="dense")
+    randomize(model).save_pretrained(tmp_path / "adapter")
+    again = qsvft.from_pretrained(tmp_path / "prepared", adapter=tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_loss_of_ones_own_is_used(llama):
+    asked = []
+
+    def loss(model, batch):
+        asked.append(sorted(batch))
+        return model(input_ids=batch["input_ids"]).logits.float().logsumexp(-1).mean()
+
+    model = qsvft.quantize(load(llama), bits=4)
+    qsvft.calibrate(model, QSVFTConfig(**OPTIONS), batches(2), loss)
+    assert asked == [["input_ids", "labels"]] * 2
+
+
+REFUSED = {
+    "no batch": ([], {}, "calibration: found no batch"),
+    "no labels": ([{"input_ids": tokens()}], {}, "calibration: the loss of batch 0 is None; expected a finite number"),
+    "another basis": (batches(1), {"basis": "singular"}, "calibration: found some with basis='singular'"),
+    "no calibration": (None, {}, "calibration: found none with basis='data'"),
+    "one side": (batches(1), {"sides": "one"}, r"QSVFTConfig\.basis: expected sides='both' with basis='data'"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refusal_says_what_was_found_and_expected(llama, kind):
+    data, options, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message):
+        qsvft.prepare(load(llama), 4, calibration=data, **{**OPTIONS, **options})
+
+
+def test_a_layer_that_no_batch_reaches_is_refused_by_name(llama):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(ValueError, match=r"^idle: no batch of the calibration reached this layer \(1 of 2"):
+        qsvft.calibrate(
+            Model(),
+            QSVFTConfig(**{**OPTIONS, "rank": 4}),
+            [torch.randn(5, 16)],
+            lambda model, x: model(x).square().mean(),
+        )
+
+
+def test_a_loss_that_is_no_number_is_refused(llama):
+    model = qsvft.quantize(load(llama), bits=4)
+    with pytest.raises(ValueError, match=r"the loss of batch 1 is .*nan"):
+        scale = iter((1.0, float("nan")))
+        qsvft.calibrate(model, QSVFTConfig(**OPTIONS), batches(2), lambda m, b: m(**b).loss * next(scale))
