@@ -66,7 +66,7 @@ ROWS = {row["option"].strip("`"): row for row in table_with("docs/options.md", "
 KEYWORDS = {
     name: parameter.default
     for name, parameter in inspect.signature(qsvft.prepare).parameters.items()
-    if name not in ("model", "config", "adapter_name", "progress", "options")
+    if name not in ("model", "config", "adapter_name", "calibration", "progress", "options")
 }
 
 

@@ -43,7 +43,7 @@ REFUSED = [
     ("factor_bits", "4", "16 (bf16), 8 (int8) or 4 (NF4)"),
     ("share_inputs", "yes", "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]"),
     ("share_inputs", [["q_proj"]], "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]"),
-    ("basis", "fourier", "one of 'singular', 'hadamard'"),
+    ("basis", "fourier", "one of 'singular', 'hadamard', 'data'"),
     ("decomposition", "svd", "one of 'auto', 'exact', 'randomized', 'float32'"),
     ("decomposition", True, "one of 'auto', 'exact', 'randomized', 'float32'"),
     ("residual", 1, "True or False"),
