@@ -31,7 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--threads", type=int, help="of each matrix product")
     options = parser.parse_args(arguments)
+    if arguments is None:
+        _keep_freed_memory()
     work(options)
+
+
+def _keep_freed_memory() -> None:
+    """Start again with what glibc reads when a process starts."""
+    if not set(_KEPT) <= set(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**_KEPT, **os.environ})
 
 
 def work(options: argparse.Namespace) -> None:
@@ -87,6 +95,4 @@ def _found(job: Any, identity: Any, options: Any, device: str, runs: Any, tasks:
 
 
 if __name__ == "__main__":
-    if not set(_KEPT) <= set(os.environ):  # glibc reads them when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**_KEPT, **os.environ})
     main()
