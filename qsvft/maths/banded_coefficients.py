@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coefficients import ROUNDED, TOKENS, ScaleSide, accumulator, keep, save_for_backward, saved, whole_stretches
+from .coefficients import (
+    ROUNDED,
+    TOKENS,
+    Scale,
+    ScaleSide,
+    accumulator,
+    keep,
+    save_for_backward,
+    saved,
+    whole_stretches,
+)
 
 _BLOCK = 64
 
@@ -149,9 +159,11 @@ def _diagonal_gradient(g: Tensor, h: Tensor) -> Tensor:
     return total.unsqueeze(1)
 
 
-def _scaled_band(band: Tensor, scale: Tensor | None, side: ScaleSide, off_diagonals: int) -> Tensor:
+def _scaled_band(band: Tensor, scale: Scale, side: ScaleSide, off_diagonals: int) -> Tensor:
     if scale is None:
         return band
+    if isinstance(scale, float):
+        return band.mul_(scale)  # freshly made
     scale = scale.to(band.dtype)
     if side == "rows":
         return band * scale.unsqueeze(1)
@@ -165,7 +177,7 @@ class _BandedCoefficients(torch.autograd.Function):
         ctx: Any,
         h: Tensor,
         values: Tensor,
-        scale: Tensor | None,
+        scale: Scale,
         side: ScaleSide,
         off_diagonals: int,
     ) -> Tensor:
@@ -194,7 +206,7 @@ def banded_coefficients(
     h: Tensor,
     values: Tensor,
     off_diagonals: int,
-    scale: Tensor | None = None,
+    scale: Scale = None,
     scale_side: ScaleSide = "rows",
 ) -> Tensor:
     """z = N h for a banded M with d off-diagonals on each side.
@@ -203,7 +215,7 @@ def banded_coefficients(
         h: (tokens, k), any floating dtype.
         values: the k(2d+1) - d(d+1) entries of M, row-major.
         off_diagonals: d, 0 for the plain (diagonal) pattern.
-        scale: (k,) or None.
+        scale: (k,), a number or None.
         scale_side: whether ``scale`` multiplies the rows or the columns of M.
 
     Returns:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ScaleSide = Literal["rows", "columns"]
+Scale = Tensor | float | None
+"""Of the rows or columns of M, (k,); or one number for all of M, which no tensor is kept for."""
 
 TOKENS = 512
 """Rows of h at a time."""
@@ -49,21 +51,22 @@ def keep(h: Tensor) -> Tensor:
     return kept
 
 
-def save_for_backward(ctx: Any, h: Tensor, values: Tensor, scale: Tensor | None) -> None:
+def save_for_backward(ctx: Any, h: Tensor, values: Tensor, scale: Scale) -> None:
     """Save what a product's backward reads: h through the node that keeps it, where there is one."""
     node = None if torch.compiler.is_compiling() else h.grad_fn
     ctx.kept = node if getattr(node, "keeps_h", False) else None
+    ctx.number = scale if isinstance(scale, float) else None
     if ctx.kept is None:
-        ctx.save_for_backward(h, values, scale)
+        ctx.save_for_backward(h, values, scale if isinstance(scale, Tensor) else None)
     else:
         # M and the scale are alive anyway; what saving M would add is this check.
         ctx.rest, ctx.version = (values, scale), values._version
 
 
-def saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def saved(ctx: Any) -> tuple[Tensor, Tensor, Scale]:
     if ctx.kept is None:
         h, values, scale = ctx.saved_tensors
-        return h, values, scale
+        return h, values, scale if ctx.number is None else ctx.number
     values, scale = ctx.rest
     if values._version != ctx.version:
         raise RuntimeError("M was changed in place between the forward and the backward; step the optimizer afterwards")

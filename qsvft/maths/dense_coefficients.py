@@ -7,13 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import ROUNDED, TOKENS, ScaleSide, accumulator, keep, save_for_backward, saved, whole_stretches
+from .coefficients import (
+    ROUNDED,
+    TOKENS,
+    Scale,
+    ScaleSide,
+    accumulator,
+    keep,
+    save_for_backward,
+    saved,
+    whole_stretches,
+)
 
 
-def _scaled(M: Tensor, scale: Tensor | None, side: ScaleSide) -> Tensor:
+def _scaled(M: Tensor, scale: Scale, side: ScaleSide) -> Tensor:
     """N, or from the gradient of N that of M: the same factors."""
     if scale is None:
         return M
+    if isinstance(scale, float):
+        return M * scale
     scale = scale.to(M.dtype)
     return M * (scale.unsqueeze(1) if side == "rows" else scale)
 
@@ -32,7 +44,7 @@ def _dense_gradient(g: Tensor, h: Tensor) -> Tensor:
 
 class _DenseCoefficients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, values: Tensor, scale: Tensor | None, side: ScaleSide) -> Tensor:
+    def forward(ctx: Any, h: Tensor, values: Tensor, scale: Scale, side: ScaleSide) -> Tensor:
         save_for_backward(ctx, h, values, scale)
         ctx.side = side
         N = _scaled(values.view(h.shape[1], -1), scale, side).to(h.dtype)
@@ -49,9 +61,7 @@ class _DenseCoefficients(torch.autograd.Function):
         return grad_h, grad_values, None, None
 
 
-def dense_coefficients(
-    h: Tensor, values: Tensor, scale: Tensor | None = None, scale_side: ScaleSide = "rows"
-) -> Tensor:
+def dense_coefficients(h: Tensor, values: Tensor, scale: Scale = None, scale_side: ScaleSide = "rows") -> Tensor:
     """z = N h for a dense M.
 
     Args:

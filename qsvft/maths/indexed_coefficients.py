@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coefficients import TOKENS, ScaleSide, accumulator, keep, save_for_backward, saved
+from .coefficients import TOKENS, Scale, ScaleSide, accumulator, keep, save_for_backward, saved
 
 _ENTRIES = 4096
 
@@ -51,7 +51,7 @@ class _IndexedCoefficients(torch.autograd.Function):
         ctx: Any,
         h: Tensor,
         values: Tensor,
-        scale: Tensor | None,
+        scale: Scale,
         side: ScaleSide,
         columns: Tensor,
         offsets: Tensor,
@@ -59,18 +59,18 @@ class _IndexedCoefficients(torch.autograd.Function):
         save_for_backward(ctx, h, values, scale)
         ctx.side, ctx.entries = side, (columns, offsets)
         if scale is not None:
-            values = values * _entry_scale(scale, side, columns, offsets).to(values.dtype)
+            values = values * _entry_scale(scale, side, columns, offsets, values.dtype)
         return _gathered(h, values.to(h.dtype), columns, offsets)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, values, scale = saved(ctx)
         columns, offsets = ctx.entries
-        entry_scale = None if scale is None else _entry_scale(scale, ctx.side, columns, offsets)
+        entry_scale = None if scale is None else _entry_scale(scale, ctx.side, columns, offsets, values.dtype)
         rows = entry_rows(columns, offsets)
         grad_h = grad_values = None
         if ctx.needs_input_grad[0]:
-            n_values = values if entry_scale is None else values * entry_scale.to(values.dtype)
+            n_values = values if entry_scale is None else values * entry_scale
             order = torch.argsort(columns, stable=True)
             ones = torch.ones_like(columns)
             counts = columns.new_zeros(h.shape[1]).scatter_add(0, columns.long(), ones)
@@ -89,8 +89,12 @@ def entry_rows(columns: Tensor, offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(rows, offsets.diff(), output_size=columns.shape[0])
 
 
-def _entry_scale(scale: Tensor, side: ScaleSide, columns: Tensor, offsets: Tensor) -> Tensor:
-    return scale[entry_rows(columns, offsets) if side == "rows" else columns]
+def _entry_scale(
+    scale: Tensor | float, side: ScaleSide, columns: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor | float:
+    if isinstance(scale, float):
+        return scale
+    return scale[entry_rows(columns, offsets) if side == "rows" else columns].to(dtype)
 
 
 def indexed_coefficients(
@@ -98,7 +102,7 @@ def indexed_coefficients(
     values: Tensor,
     columns: Tensor,
     offsets: Tensor,
-    scale: Tensor | None = None,
+    scale: Scale = None,
     scale_side: ScaleSide = "rows",
 ) -> Tensor:
     """z = N h for M given by a list of entries, row-major (compressed rows).

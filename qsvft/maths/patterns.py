@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .banded_coefficients import banded_coefficients
-from .coefficients import ScaleSide
+from .coefficients import Scale, ScaleSide
 from .dense_coefficients import dense_coefficients
 from .indexed_coefficients import entry_rows, indexed_coefficients
 
@@ -47,7 +47,7 @@ class Pattern(nn.Module, ABC):
         """Rows and columns of the entries, int64, row-major."""
 
     @abstractmethod
-    def product(self, h: Tensor, values: Tensor, scale: Tensor | None = None, scale_side: ScaleSide = "rows") -> Tensor:
+    def product(self, h: Tensor, values: Tensor, scale: Scale = None, scale_side: ScaleSide = "rows") -> Tensor:
         """z = N h with N = diag(scale) M or M diag(scale); h and z are (tokens, k)."""
 
     def dense(self, values: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class BandedPattern(Pattern):
         inside = (columns >= 0) & (columns < self.rank)
         return rows[inside], columns[inside]
 
-    def product(self, h: Tensor, values: Tensor, scale: Tensor | None = None, scale_side: ScaleSide = "rows") -> Tensor:
+    def product(self, h: Tensor, values: Tensor, scale: Scale = None, scale_side: ScaleSide = "rows") -> Tensor:
         return banded_coefficients(h, values, self.off_diagonals, scale, scale_side)
 
     def extra_repr(self) -> str:
@@ -98,7 +98,7 @@ class DensePattern(Pattern):
         index = torch.arange(self.rank)
         return index.repeat_interleave(self.rank), index.repeat(self.rank)
 
-    def product(self, h: Tensor, values: Tensor, scale: Tensor | None = None, scale_side: ScaleSide = "rows") -> Tensor:
+    def product(self, h: Tensor, values: Tensor, scale: Scale = None, scale_side: ScaleSide = "rows") -> Tensor:
         return dense_coefficients(h, values, scale, scale_side)
 
     def extra_repr(self) -> str:
@@ -142,7 +142,7 @@ class IndexPattern(Pattern):
         rows, columns = self.indices()
         return rows * self.rank + columns
 
-    def product(self, h: Tensor, values: Tensor, scale: Tensor | None = None, scale_side: ScaleSide = "rows") -> Tensor:
+    def product(self, h: Tensor, values: Tensor, scale: Scale = None, scale_side: ScaleSide = "rows") -> Tensor:
         return indexed_coefficients(h, values, self.columns, self.offsets, scale, scale_side)
 
     def extra_repr(self) -> str:

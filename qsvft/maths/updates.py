@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
-from .coefficients import ScaleSide
+from .coefficients import Scale, ScaleSide
 from .patterns import Pattern
 
 
@@ -29,7 +29,7 @@ def sparse_update(
     outward: Basis,
     values: Tensor,
     pattern: Pattern,
-    scale: Tensor | None = None,
+    scale: Scale = None,
     scale_side: ScaleSide = "rows",
     h: Tensor | None = None,
 ) -> Tensor:
@@ -66,9 +66,9 @@ def coefficients_of(a: Tensor, basis: Basis, rank: int) -> Tensor:
 
 
 def two_sided_update(
-    y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern, scale: Tensor | None = None
+    y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern, scale: Scale = None
 ) -> Tensor:
-    """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n, scale (k,) of the rows of M."""
+    """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n, scale of the rows of M."""
     return sparse_update(y, x, V, U, values, pattern, scale)
 
 

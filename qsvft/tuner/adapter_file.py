@@ -6,7 +6,7 @@ For each adapted layer, in adapter_model.safetensors:
     <layer>.qsvft_probe    (8,) fp32          fingerprint of the adapted map (see probe.py)
     <layer>.qsvft_base     (32,) uint8        SHA-256 of the base weight as stored
     <layer>.qsvft_entries  (entries,) int64   top_k only: positions i * k + j
-    <layer>.qsvft_scale    (k,) fp32          Hadamard basis only: 1/s, which makes it independent of the base
+    <layer>.qsvft_scale    (k,) fp32          Hadamard basis only: alpha/s, which makes it independent of the base
     <layer>.qsvft_unit     () fp32            alpha, which multiplies M; none where it is 1 (config.unit "one")
     <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, scale, unit and factors if any, and the pattern
 
@@ -185,6 +185,8 @@ class AdapterReader:
                 "torch.float32 above 0. The file is damaged: copy or save the adapter again."
             )
         if float(unit) != layer.units[adapter]:
+            if adapter in layer.qsvft_scale and not layer.forms[adapter].seeded:
+                layer.qsvft_scale[adapter] = layer.qsvft_scale[adapter] * (float(unit) / layer.units[adapter])
             layer.units[adapter] = float(unit)
             layer._set_probe(adapter, layer.original_weight())
         return unit

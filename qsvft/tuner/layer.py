@@ -42,7 +42,7 @@ from .adapted import AdaptedLinear
 from .attach import choose_pattern, residual_base
 from .bases import hold_bases
 from .config import QSVFTConfig
-from .form import Form, form_of
+from .form import form_of
 from .groups import InputGroup
 from .parameter import Float32Parameter
 from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_difference, sketch, times_transpose
@@ -97,26 +97,30 @@ class QSVFTLinear(AdaptedLinear):
         self.base_digest = self.base_digest or weight_digest(self.original_base())
         form, source = hold_bases(self, form, weight, rank, config, group, sources)
         self.settings[adapter_name], self.forms[adapter_name], self.came_from[adapter_name] = config, form, source
-        if form.kind != "both":
-            self.qsvft_scale[adapter_name] = self._scale(form, weight, rank, config, source)
         pattern = choose_pattern(config, form, rank, weight, self.basis, self.module_name)
         self.qsvft_pattern[adapter_name] = pattern.to(weight.device)
         self.units[adapter_name] = 1.0
         if config.unit == "weight" and not weight.is_meta:
             self.units[adapter_name] = float(unit_of(frobenius_norm(weight), pattern.count))
+        if form.kind != "both":
+            self.qsvft_scale[adapter_name] = self._scale(adapter_name, weight, source, source is sources.own)
         values = torch.zeros(self.pattern(adapter_name).count, device=weight.device)
         self.qsvft_M[adapter_name] = Float32Parameter(values)
         self._set_probe(adapter_name, weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _scale(self, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, source: FactorSource | None) -> Tensor:
-        """1/s of a one-sided form, (rank,) fp32, as it is stored or else as it is measured."""
+    def _scale(self, adapter: str, weight: Tensor, source: FactorSource | None, trained_with: bool) -> Tensor:
+        """alpha/s of a one-sided form, (rank,) fp32, as it is stored with the adapter, or else as it is measured."""
+        config, form, rank = self.settings[adapter], self.forms[adapter], self.pattern(adapter).rank
+        stored = None
         if source is not None:
             stored = source.scale(self.module_name, form.inward.plain, rank, config.tail_damping, weight.device)
-            if stored is not None:
-                return stored
-        s, rms = measured_scale(weight, self.basis(form.inward), form.inward.side, rank)
-        return bounded_inverse(s, rms, config.tail_damping)
+        if stored is not None and trained_with:
+            return stored
+        if stored is None:
+            s, rms = measured_scale(weight, self.basis(form.inward), form.inward.side, rank)
+            stored = bounded_inverse(s, rms, config.tail_damping)
+        return stored * self.units[adapter]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
@@ -194,19 +198,17 @@ class QSVFTLinear(AdaptedLinear):
         scale = self._scale_of(adapter)
         if form.kind == "both":
             return two_sided_update(base, a, self.basis(form.outward), self.basis(form.inward), M, pattern, scale)
-        assert scale is not None
+        assert isinstance(scale, Tensor)
         basis = self.basis(form.inward)
         if form.kind == "input":
             return input_side_update(base, a, basis, scale, M, pattern, h)
         return output_side_update(base, a, basis, scale, M, pattern)
 
-    def _scale_of(self, adapter: str) -> Tensor | None:
+    def _scale_of(self, adapter: str) -> Tensor | float | None:
         """What multiplies the rows (or columns) of M: alpha, over s in a one-sided form; None where that is 1."""
         if self.forms[adapter].kind != "both":
-            return self.qsvft_scale[adapter] * self.units[adapter]
-        if self.settings[adapter].unit == "one":
-            return None
-        return self.qsvft_M[adapter].new_full((self.pattern(adapter).rank,), self.units[adapter])
+            return self.qsvft_scale[adapter]
+        return None if self.settings[adapter].unit == "one" else self.units[adapter]
 
     def _check(self, adapter: str) -> None:
         M = self.qsvft_M[adapter]

@@ -40,10 +40,10 @@ def adapted(shape: str, dtype=torch.float32, bias: bool = True, **options) -> QS
 def dense_delta(layer: QSVFTLinear, values: torch.Tensor, name: str = "default") -> torch.Tensor:
     """dW from the numbers that the layer holds, by the formulas, fp64, differentiable in M."""
     form, pattern = layer.forms[name], layer.pattern(name)
-    M = layer.units[name] * pattern.dense(values)
+    M = pattern.dense(values)
     inward, outward = (layer.basis(key).dense(torch.float64, pattern.rank) for key in (form.inward, form.outward))
     if form.kind == "both":
-        return outward.T @ M @ inward
+        return outward.T @ (layer.units[name] * M) @ inward
     W, scale = layer.original_weight().double(), layer.qsvft_scale[name].double()
     if form.kind == "input":
         return W @ inward.T @ (scale[:, None] * M) @ inward
