@@ -495,8 +495,8 @@ MUTANTS = (
     Mutant(
         "unit left out of the two-sided form",
         "tuner/layer.py",
-        'if self.settings[adapter].unit == "one":',
-        "if True:",
+        'return None if self.settings[adapter].unit == "one" else self.units[adapter]',
+        "return None",
         ("tuner/test_layer.py::test_the_delta_weight_is_the_dense_reference",),
     ),
     Mutant(
@@ -505,6 +505,27 @@ MUTANTS = (
         "unit_of(frobenius_norm(weight), pattern.count)",
         "unit_of(frobenius_norm(weight), pattern.rank)",
         ("tuner/test_layer.py::test_the_delta_weight_is_the_dense_reference",),
+    ),
+    Mutant(
+        "unit left out of the one-sided form",
+        "tuner/layer.py",
+        "return stored * self.units[adapter]",
+        "return stored",
+        ("tuner/test_layer.py::test_the_delta_weight_is_the_dense_reference",),
+    ),
+    Mutant(
+        "calibration looks at the padding",
+        "tuner/calibration.py",
+        "return x[self._mask.bool()]",
+        "pass",
+        ("tuner/test_calibration.py::test_padding_is_not_looked_at",),
+    ),
+    Mutant(
+        "an adapter on directions from data saved without them",
+        "tuner/config.py",
+        'self.include_factors or self.basis == "data"',
+        "self.include_factors",
+        ("tuner/test_calibration.py",),
     ),
     Mutant(
         "an adapter saved before there was a unit gets one",
