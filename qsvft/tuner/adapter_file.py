@@ -185,8 +185,6 @@ class AdapterReader:
                 "torch.float32 above 0. The file is damaged: copy or save the adapter again."
             )
         if float(unit) != layer.units[adapter]:
-            if adapter in layer.qsvft_scale and not layer.forms[adapter].seeded:
-                layer.qsvft_scale[adapter] = layer.qsvft_scale[adapter] * (float(unit) / layer.units[adapter])
             layer.units[adapter] = float(unit)
             layer._set_probe(adapter, layer.original_weight())
         return unit
