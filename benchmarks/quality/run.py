@@ -88,7 +88,8 @@ def _found(job: Any, identity: Any, options: Any, device: str, runs: Any, tasks:
         tasks[place] = load_task(job, options.model, options.data, options.runs, device)
     if not identity["steps"]:
         return untrained(tasks[place], job.held)
-    others = [row["losses"] for row in job.rows(runs.read(), identity["seed"]) if None not in row["losses"]]
+    seen = job.rows(runs.read(), identity["seed"])
+    others = [row["losses"] for row in seen if None not in row["losses"]]
     return run(
         tasks[place], job.method, identity["rate"], identity["seed"], job.steps, job.batch_size, job.held, others
     )
