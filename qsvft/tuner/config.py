@@ -76,8 +76,8 @@ class QSVFTConfig(PeftConfig):
         tail_damping: tau in [0, 1). The one-sided form divides by max(s_j, tau * rms(s)), so that
             rounding is not blown up along the smallest singular values.
         unit: what 1 in M stands for. "weight": a change of W as large as W itself, alpha = |W|_F / sqrt(entries), so
-            that a step at one learning rate is as large for every pattern, rank and width; "one": 1, as in the paper. None is "weight",
-            and "one" for an adapter saved before there was a choice.
+            that a step at one learning rate is as large for every pattern, rank and width; "one": 1, as in the
+            paper. None is "weight", and "one" for an adapter saved before there was a choice.
         seed: seed of the random pattern and of the Hadamard basis.
         factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation).
         share_inputs: layers that read the same input (q, k, v; gate, up) share the V of their stacked weight,
