@@ -21,25 +21,29 @@ PATIENCE = 10
 BATCH_SIZE = 1
 QLORA = "qlora"
 SMALLEST = "qsvft:factor_bits=4,quantize_embeddings=8"
+DENSE = "qsvft:sides=both,pattern=dense,share_inputs=false,rank=128"
 
 COMPARED = (
     QLORA,
-    SMALLEST,
-    "qsvft:factor_bits=4",
+    DENSE,
     "qsvft",
+    "qlora:chunked_loss=true",
+    f"{DENSE},factor_bits=8",
+    f"{DENSE},factor_bits=4",
+    SMALLEST,
+    "qsvft:basis=hadamard",
+    "qsvft:factor_bits=4",
     "floor:chunked_loss=true",
     "qlora-kbit",
     "svft",
     f"{SMALLEST},offload=true",
     "qsvft:factor_bits=4,rank=256",
 )
-"""The floor, QLoRA, QLoRA kbit, plain SVFT and five settings of qsvft: rows of the README's table of memory."""
+"""The floor, QLoRA, QLoRA kbit, plain SVFT and settings of qsvft, a dense small M first."""
 
 OTHERS = (
     "qsvft:factor_bits=4,rank=1024",
-    "qsvft:basis=hadamard",
     "qsvft:factor_bits=4,share_inputs=false",
-    "qlora:chunked_loss=true",
     "lora",
 )
 """Its other rows, if there is time."""
@@ -111,7 +115,7 @@ FULL = Plan(
         Pass("llama-3-8b", (2048,), OTHERS),
     ),
     searches=(
-        Search("llama-3-8b", (SMALLEST, QLORA, f"{SMALLEST},offload=true"), (8 * GIB, 12 * GIB)),
+        Search("llama-3-8b", (f"{DENSE},factor_bits=8", QLORA, SMALLEST), (8 * GIB, 12 * GIB)),
         Search("llama-3-8b", (SMALLEST, QLORA), (16 * GIB, 24 * GIB)),
         Search("llama-2-7b", (SMALLEST, QLORA), (8 * GIB, 12 * GIB)),
         Search("llama-2-7b", (SMALLEST, QLORA), (16 * GIB, 24 * GIB)),

@@ -17,7 +17,7 @@ from questions import Batch, Example, batches, collate, shuffled
 from torch import Tensor, nn
 from transformers import set_seed
 
-EVALUATED_AT_ONCE = 16
+EVALUATED_AT_ONCE = 32
 OWN_TEXTS, OWN_LENGTH, OWN_SEED = 24, 160, 0
 _NUMBER = re.compile(r"####\s*(-?[\d,.]+)")
 

@@ -79,6 +79,9 @@ class Method:
 def _ours(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
     # A base in 4 bits stays what it is; bits=16 leaves a dense one as it is.
     bits = 4 if setting.held == NF4 else 16
+    if options["basis"] == "data":
+        qsvft.calibrate(base, qsvft.QSVFTConfig(**options), setting.calibration, setting.task.loss)
+        return get_peft_model(base, qsvft.QSVFTConfig(**options))
     return qsvft.prepare(base, bits=bits, gradient_checkpointing=False, progress=False, **options)
 
 
@@ -109,13 +112,13 @@ class _Rebuilt(nn.Module):
         super().__init__()
         dtype = layer.weight.dtype
         U, s, Vt = torch.linalg.svd(layer.weight.float(), full_matrices=False)
-        index = torch.arange(s.numel())
+        index = torch.arange(s.numel(), device=s.device)
         inside = (index.unsqueeze(1) - index).abs() <= off_diagonals
         self.U, self.s, self.Vt = U.to(dtype), s, Vt.to(dtype)
         self.rows, self.columns = inside.nonzero(as_tuple=True)
         self.bias = layer.bias
-        self.F = nn.Parameter(torch.zeros(self.rows.numel()))
-        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
+        self.F = nn.Parameter(s.new_zeros(self.rows.numel()))
+        self.gate = nn.Parameter(s.new_zeros(1)) if gated else None
         if gated:
             nn.init.kaiming_normal_(self.F.data.unsqueeze(0))
 
@@ -131,6 +134,12 @@ def ours(name: str, start: float = 2e-3, **options: Any) -> Method:
     fields = {**said, **options}
     counted = ",".join(f"{name}={str(value).lower()}" for name, value in fields.items())
     return Method(name, "qsvft", start, fields, _ours, f"qsvft:{counted}")
+
+
+def dense(name: str, rank: int, basis: str, start: float, **options: Any) -> Method:
+    """qsvft with a dense small M between two factors."""
+    fields = {"sides": "both", "pattern": "dense", "rank": rank, "basis": basis, **options}
+    return ours(f"{name}, dense k={rank}", start, **fields)
 
 
 def rival(name: str, start: float, config: str, counted: str | None = None, **options: Any) -> Method:
@@ -151,6 +160,9 @@ def form(name: str, U: str, V: str, k: int, start: float = 1e-3, **options: Any)
     counted = f"qsvft:sides=both,pattern=dense,rank={k}" if dense else None
     return Method(name, "tried", start, {"U": U, "V": V, "k": k, **options}, tried, counted)
 
+
+AS_LORA_8 = {"[qo]_proj": 96, "[kv]_proj": 78}
+"""With 130 in the others: as many entries of M as LoRA of rank 8 has numbers, in SmolLM2's layers."""
 
 METHODS = {
     method.name: method
@@ -178,6 +190,10 @@ METHODS = {
         ours("one-sided d=8"),
         ours("one-sided d=8, shared", share_inputs=True),
         ours("one-sided Hadamard d=8", basis="hadamard"),
+        *(dense("data", rank, "data", 1e-3) for rank in (32, 64, 96, 128, 192, 256)),
+        dense("data", 130, "data", 1e-3, rank_pattern=AS_LORA_8),
+        *(dense("singular", rank, "singular", 4e-3) for rank in (64, 96, 128)),
+        *(dense(f"data {held}", 128, "data", 1e-3, factor_bits=bits) for held, bits in (("int8", 8), ("NF4", 4))),
         form("tried: gradient, dense k=96", "gradient", "gradient", 96),
         form("tried: gradient, dense, as LoRA r=8", "gradient", "gradient", 0, as_lora=8),
         form("tried: gradient turned, dense k=96", "gradient", "gradient", 96, turned=True),

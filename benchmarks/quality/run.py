@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if arguments is None:
         _keep_freed_memory()
-    work(options)
+    if failures := work(options):
+        sys.exit(f"error: {failures} methods failed; their tracebacks stand above")
 
 
 def _keep_freed_memory() -> None:
@@ -42,8 +44,8 @@ def _keep_freed_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**_KEPT, **os.environ})
 
 
-def work(options: argparse.Namespace) -> None:
-    """Do runs until there are none, or the time is up."""
+def work(options: argparse.Namespace) -> int:
+    """Do runs until there are none, or the time is up; how many failed, whose methods were not run any further."""
     import torch
     from runs import Runs
 
@@ -52,28 +54,35 @@ def work(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runs, until = Runs(options.runs, device), time.monotonic() + 60 * options.minutes
     tasks: dict[Any, Any] = {}
+    failed: list[Any] = []
     while time.monotonic() < until:
         for job, identity, claim in wanted(options.study, runs):
+            if job in failed:
+                continue
             with claim as mine:
                 if mine:
                     print("{task}: {method}, rate {rate:g}, seed {seed}".format_map(identity), flush=True)
-                    runs.add(identity, _found(job, identity, options, device, runs, tasks))
+                    try:
+                        runs.add(identity, _found(job, identity, options, device, runs, tasks))
+                    except Exception:  # another method's own code, or too little memory: the others go on
+                        traceback.print_exc()
+                        failed.append(job)
                     break
         else:
-            return
+            break
+    return len(failed)
 
 
 def wanted(studies: Sequence[str], runs: Any) -> Iterator[tuple[Any, dict[str, Any], Any]]:
     """Every job with the run that it wants next, and the claim of that run; first the models before training."""
     from studies import jobs
-    from sweep import next_run
 
     rows = runs.read()
     for job in jobs(studies):
         if (identity := job.untrained()) and not any(runs.same(row, identity) for row in rows):
             yield job, identity, runs.claimed(identity)
     for job in jobs(studies):
-        following = next_run(job.method.start, job.seeds, job.losses(rows))
+        following = job.next_run(rows)
         if following is not None:
             identity = job.identity(*following)
             yield job, identity, runs.claimed(identity)
@@ -83,7 +92,7 @@ def _found(job: Any, identity: Any, options: Any, device: str, runs: Any, tasks:
     from studies import load_task
     from training import run, untrained
 
-    place = (job.task, job.exact_match)
+    place = (job.task, job.held_out, job.exact_match)
     if place not in tasks:
         tasks[place] = load_task(job, options.model, options.data, options.runs, device)
     if not identity["steps"]:

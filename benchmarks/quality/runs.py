@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 import results
 
-IDENTITY = ("task", "method", "options", "rate", "seed", "steps", "batch_size", "held")
+IDENTITY = ("task", "method", "options", "rate", "seed", "steps", "batch_size", "held", "held_out")
 """What makes two runs the same one."""
 
 Row = dict[str, Any]

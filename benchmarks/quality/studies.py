@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from base import BF16, DENSE, FRAME, Base
+from base import BF16, DENSE, FRAME, NF4, Base
 from language import LanguageTask, own_texts
 from methods import METHODS, Method, Task
 from questions import SHIFT, read_examples, shift_examples
 from sentences import SentenceTask, read_sentences
+from sweep import best_rate, next_rate, next_run
 
 Row = dict[str, Any]
 
@@ -22,13 +23,19 @@ OWN_TEXTS = "own-texts.json"
 SENTENCES = ("sst2",)
 FILES = {"gsm8k": "gsm8k/{part}.jsonl"}
 COMMONSENSE = "commonsense/{task}.{part}.jsonl"
-HELD_OUT = {"gsm8k": 64, SHIFT: 200}
-CHOICES_HELD_OUT = 200
 
 
 @dataclass(frozen=True)
 class Job:
-    """A method on a task: one sweep of learning rates and its seeds."""
+    """A method on a task: one sweep of learning rates and its seeds.
+
+    Attributes:
+        seeds: the first is the sweep's.
+        held: how the base is held; see base.py.
+        held_out: how many examples are held out (of sentences all are).
+        swept: how the base is held in the sweep whose best rate this takes; None for a sweep of its own.
+        exact_match: whether answers are generated too.
+    """
 
     task: str
     method: Method
@@ -36,6 +43,8 @@ class Job:
     batch_size: int = 8
     seeds: tuple[int, ...] = (0,)
     held: str = DENSE
+    held_out: int = 64
+    swept: str | None = None
     exact_match: bool = False
 
     def identity(self, rate: float, seed: int) -> Row:
@@ -49,6 +58,7 @@ class Job:
             "steps": self.steps,
             "batch_size": self.batch_size,
             "held": self.held,
+            "held_out": self.held_out,
         }
 
     def untrained(self) -> Row:
@@ -70,6 +80,16 @@ class Job:
             found.setdefault(row["seed"], {})[row["rate"]] = math.inf if loss is None else loss
         return found
 
+    def next_run(self, rows: Sequence[Row]) -> tuple[float, int] | None:
+        """The rate and the seed that it wants next; None where it has all, or waits for a sweep elsewhere."""
+        if self.swept is None:
+            return next_run(self.method.start, self.seeds, self.losses(rows))
+        sweep = replace(self, held=self.swept).losses(rows).get(self.seeds[0], {})
+        rate, done = best_rate(sweep), self.losses(rows)
+        if rate is None or next_rate(self.method.start, sweep) is not None:
+            return None
+        return next(((rate, seed) for seed in self.seeds if rate not in done.get(seed, {})), None)
+
 
 def load_task(job: Job, model: Path, data: Path, runs: Path, device: str) -> Task:
     """The model and the examples of a job; what the model wrote before training lies beside the runs."""
@@ -79,11 +99,11 @@ def load_task(job: Job, model: Path, data: Path, runs: Path, device: str) -> Tas
         return SentenceTask(job.task, base, *parts)
     base, pattern = Base(model, device), FILES.get(job.task, COMMONSENSE)
     if job.task == SHIFT:
-        held_out, training = shift_examples(base.tokenizer, HELD_OUT[SHIFT])
+        held_out, training = shift_examples(base.tokenizer, job.held_out)
     else:
         paths = [data / pattern.format(task=job.task, part=part) for part in ("train", "dev")]
         training, held_out = (read_examples(path, base.tokenizer, LONGEST) for path in paths)
-    held_out = held_out[: HELD_OUT.get(job.task, CHOICES_HELD_OUT)]
+    held_out = held_out[: job.held_out]
     return LanguageTask(job.task, base, training, held_out, own_texts(base, runs / OWN_TEXTS), job.exact_match)
 
 
@@ -133,15 +153,63 @@ LEAN = (
     "one-sided NF4, rank 96, d=32",
     "LoRA r=8",
 )
+FRONTIER = (
+    "data, dense k=96",
+    "LoRA r=8",
+    "singular, dense k=96",
+    "one-sided d=8",
+    "LoRA r=16",
+    "data, dense k=128",
+    "data, dense k=130",
+    "two-sided d=8 (the paper's)",
+    "full fine-tuning",
+    "one-sided d=8, shared",
+    "tried: random, dense k=96",
+    "one-sided Hadamard d=8",
+)
+FORMS = (
+    "data, dense k=192",
+    "data, dense k=64",
+    "data, dense k=32",
+    "data int8, dense k=128",
+    "data NF4, dense k=128",
+    "rsLoRA r=8",
+    "DoRA r=8",
+    "LoRA r=2",
+    "tried: gradient, dense k=96",
+    "tried: whole/input k=16",
+    "tried: singular, plain",
+    "tried: singular, d=2",
+    "tried: singular, d=32",
+    "tried: random, d=8",
+    "tried: singular, entries by gradient",
+    "singular, dense k=64",
+    "VeRA r=256",
+    "PSOFT r=96, free",
+    "LoRA-XS (TinyLoRA) r=96",
+    "authors' SVFT d=8",
+    "authors' SVFT d=8, gate",
+    "BOFT b=4",
+    "FRoD",
+)
+ON_CHOICES = ("data, dense k=96", "LoRA r=8", "singular, dense k=96", "one-sided d=8", "LoRA r=16")
+CHOICES = ("arc-easy", "openbookqa", "boolq", "arc-challenge")
+LONG = {"steps": 100, "seeds": (0, 1, 2), "held_out": 512}
 STUDIES: dict[str, list[Job]] = {
     "lean-options": [Job("sst2", METHODS[name], 80, 16, (0, 1, 2)) for name in LEAN],
     "contenders": [Job("gsm8k", METHODS[name], batch_size=4, seeds=(0, 1, 2)) for name in CONTENDERS],
-    "toy": [Job(SHIFT, method, 60, 32) for method in METHODS.values() if method.package == "tried"]
-    + [Job(SHIFT, METHODS[name], 60, 32) for name in ("LoRA r=8", "LoRA r=2", "full fine-tuning")],
+    "toy": [Job(SHIFT, method, 60, 32, held_out=200) for method in METHODS.values() if method.package == "tried"]
+    + [Job(SHIFT, METHODS[name], 60, 32, held_out=200) for name in ("LoRA r=8", "LoRA r=2", "full fine-tuning")],
     "first": [Job("gsm8k", METHODS[name], batch_size=4) for name in FIRST],
     "frame": [
         *(Job("gsm8k", METHODS["one-sided Hadamard d=8"], batch_size=4, held=held) for held in (DENSE, FRAME)),
         *(Job("gsm8k", METHODS["one-sided d=8"], batch_size=4, held=held) for held in (DENSE, BF16)),
     ],
+    "card": [
+        *(Job("gsm8k", METHODS[name], **LONG) for name in FRONTIER),
+        *(Job(task, METHODS[name], **LONG) for task in CHOICES for name in ON_CHOICES),
+        *(Job("gsm8k", METHODS[name], **LONG) for name in FORMS),
+    ],
+    "four-bit": [Job("gsm8k", METHODS[name], held=NF4, swept=DENSE, exact_match=True, **LONG) for name in FRONTIER[:7]],
     "rivals": [Job("gsm8k", METHODS[name]) for name in RIVALS],
 }

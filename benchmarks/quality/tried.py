@@ -30,12 +30,13 @@ class Updated(nn.Module):
     ) -> None:
         super().__init__()
         m, n = layer.weight.shape
-        dtype = layer.weight.dtype
+        to = {"dtype": layer.weight.dtype, "device": layer.weight.device}
         self.layer, self.alpha = layer, alpha
         self.shape = (m if U is None else U.shape[0], n if V is None else V.shape[0])
-        self.U, self.V = (None if side is None else side.to(dtype) for side in (U, V))
-        self.places = None if inside is None else inside.flatten().nonzero().squeeze(1)
-        self.M = nn.Parameter(torch.zeros(self.shape if self.places is None else self.places.numel()))
+        self.U, self.V = (None if side is None else side.to(**to) for side in (U, V))
+        self.places = None if inside is None else inside.flatten().nonzero().squeeze(1).to(layer.weight.device)
+        shape = self.shape if self.places is None else self.places.shape
+        self.M = nn.Parameter(torch.zeros(shape, device=layer.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         M = self.M
@@ -106,7 +107,7 @@ def _updated(layer: nn.Linear, seen: dict[str, Tensor], options: dict[str, Any],
             rows = pairs[name][place]
         else:
             rows = _eigenvectors(seen[NEEDED[name]], k)
-        return _orthonormal(k, k, generator) @ rows if options.get("turned") else rows
+        return _orthonormal(k, k, generator).to(rows.device) @ rows if options.get("turned") else rows
 
     U, V = side(options["U"], 0), side(options["V"], 1)
     inside = None
@@ -117,7 +118,7 @@ def _updated(layer: nn.Linear, seen: dict[str, Tensor], options: dict[str, Any],
         G = seen["gradient"] if U is None else U @ seen["gradient"]
         G = (G if V is None else G @ V.t()).abs()
         most = G.flatten().topk(k * options["per_row"]).indices
-        inside = torch.zeros(G.numel(), dtype=torch.bool).index_fill(0, most, True).view_as(G)
+        inside = G.new_zeros(G.numel(), dtype=torch.bool).index_fill(0, most, True).view_as(G)
     shape = (m if U is None else k, n if V is None else k)
     entries = shape[0] * shape[1] if inside is None else int(inside.sum())
     return Updated(layer, U, V, float(W.norm()) / entries**0.5, inside)

@@ -42,12 +42,15 @@ class CovarianceSketch:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Vectors as rows (tokens, n), of any floating dtype."""
-        for rows in x.to(self._Y.device).split(_TOKENS):
+        """Vectors as rows (tokens, n), of any floating dtype. They stay where they are: only n x l numbers move."""
+        omega = None if self._omega is None else self._omega.to(x.device)
+        Y = torch.zeros_like(self._Y, device=x.device)
+        for rows in x.split(_TOKENS):
             rows = rows.float()
-            self._Y.addmm_(rows.t(), rows if self._omega is None else rows @ self._omega)
-            self.energy += float(rows.double().square().sum())
-            self.count += rows.shape[0]
+            Y.addmm_(rows.t(), rows if omega is None else rows @ omega)
+        self._Y += Y.to(self._Y.device)
+        self.energy += float(torch.linalg.vector_norm(x, dtype=torch.float64).square())
+        self.count += x.shape[0]
 
     @torch.no_grad()
     def directions(self) -> tuple[Tensor, Tensor]:
@@ -62,5 +65,7 @@ class CovarianceSketch:
         core = omega.T @ Y
         inner, turn = torch.linalg.eigh((core + core.T) / 2)
         half = turn * inner.clamp_min(torch.finfo(torch.float32).eps * float(inner[-1].clamp_min(0)) + 1e-300).rsqrt()
-        left, s, _ = torch.linalg.svd(Y @ half, full_matrices=False)
-        return (s.square() - shift).clamp_min(0)[: self.rank], left[:, : self.rank].T.contiguous()
+        B = Y @ half  # B Bᵀ is C's approximation; its left singular vectors come through the small BᵀB
+        values, turn = torch.linalg.eigh(B.T @ B)
+        left = torch.linalg.qr(B @ turn.flip(1)[:, : self.rank])[0]
+        return (values.flip(0)[: self.rank] - shift).clamp_min(0), left.T.contiguous()
