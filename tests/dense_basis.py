@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsvft.maths.basis import Basis, Parts, Slices, add_coefficients, read_coefficients
+from qsvft.maths.basis import Basis, Held, Parts, Slices, add_coefficients, read_coefficients
 
 
 class _Whole:
@@ -37,10 +37,13 @@ class DenseBasis(Basis):
         return self.rows.shape[1]
 
     def to_coefficients(self, a: Tensor, rank: int) -> Tensor:
-        return read_coefficients(a, _WHOLE, (self.rows[:rank],))
+        return read_coefficients(a, self.held(rank))
 
     def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
-        return add_coefficients(base, z, _WHOLE, (self.rows[: z.shape[1]],))
+        return add_coefficients(base, z, self.held(z.shape[1]))
+
+    def held(self, rank: int) -> Held:
+        return Held(_WHOLE, (self.rows[:rank],))
 
     def dense(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:
         return self.rows[:rank].to(dtype)

@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         "factor turned over in the gradient of the activation",
         "maths/basis.py",
-        "grad_a = _times(g, ctx.read, ctx.parts) if",
-        "grad_a = _times(g.flip(1), ctx.read, ctx.parts) if",
+        "grad_a = times(g, ctx.F) if",
+        "grad_a = times(g.flip(1), ctx.F) if",
         ("maths/test_updates.py",),
     ),
     Mutant(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ class Reader(Protocol):
 
     def by_columns(self, parts: Parts, dtype: torch.dtype) -> Slices:
         """(columns, their dense part), one after the other."""
+
+
+class Held(NamedTuple):
+    """A matrix as it is held, and what reads it."""
+
+    read: Reader
+    parts: Parts
 
 
 class Basis(ABC):
@@ -63,39 +70,43 @@ class Basis(ABC):
     def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
         """base + z F with as many directions as z has columns: (tokens, n) and (tokens, rank) give (tokens, n)."""
 
+    def held(self, rank: int) -> Held | None:
+        """The first ``rank`` directions as they are held; None for a basis that holds nothing."""
+        return None
+
     @abstractmethod
     def dense(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:
         """The first ``rank`` directions as rows, (rank, n)."""
 
 
-def read_coefficients(a: Tensor, read: Reader, parts: Parts) -> Tensor:
-    """h = F a for the F that ``read`` makes of ``parts``."""
-    result: Tensor = _ToCoefficients.apply(a, read, *parts)
+def read_coefficients(a: Tensor, F: Held) -> Tensor:
+    """h = F a."""
+    result: Tensor = _ToCoefficients.apply(a, F.read, *F.parts)
     return result
 
 
-def add_coefficients(base: Tensor, z: Tensor, read: Reader, parts: Parts) -> Tensor:
-    """base + z F for the F that ``read`` makes of ``parts``."""
-    result: Tensor = _FromCoefficients.apply(base, z, read, *parts)
+def add_coefficients(base: Tensor, z: Tensor, F: Held) -> Tensor:
+    """base + z F."""
+    result: Tensor = _FromCoefficients.apply(base, z, F.read, *F.parts)
     return result
 
 
 class _ToCoefficients(torch.autograd.Function):
-    """h = a Fᵀ. Keeps the parts as they are held, not the activation.
+    """h = a Fᵀ. Keeps F as it is held, not the activation.
 
-    The parts are frozen and alive anyway, so they are no saved tensors: a checkpoint's recomputation, which ends
-    with the last saved tensor, then ends with h.
+    F is frozen and alive anyway, so it is no saved tensor: a checkpoint's recomputation, which ends with the last
+    saved tensor, then ends with h.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, read: Reader, *parts: Tensor) -> Tensor:
-        ctx.parts, ctx.read = parts, read
-        return _times_transpose(a, read, parts)
+        ctx.F = Held(read, parts)
+        return times_transpose(a, ctx.F)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        grad_a = _times(g, ctx.read, ctx.parts) if ctx.needs_input_grad[0] else None
-        return grad_a, None, *(None for _ in ctx.parts)
+        grad_a = times(g, ctx.F) if ctx.needs_input_grad[0] else None
+        return grad_a, None, *(None for _ in ctx.F.parts)
 
 
 class _FromCoefficients(torch.autograd.Function):
@@ -103,37 +114,37 @@ class _FromCoefficients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, z: Tensor, read: Reader, *parts: Tensor) -> Tensor:
-        ctx.parts, ctx.read, ctx.dtype = parts, read, z.dtype
+        ctx.F, ctx.dtype = Held(read, parts), z.dtype
         if base.dtype == z.dtype:
-            return _times(z, read, parts, base)
-        return base + _times(z, read, parts).to(base.dtype)
+            return times(z, ctx.F, base)
+        return base + times(z, ctx.F).to(base.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        grad_z = None
-        if ctx.needs_input_grad[1]:
-            grad_z = _times_transpose(g.to(ctx.dtype), ctx.read, ctx.parts)
-        return g if ctx.needs_input_grad[0] else None, grad_z, None, *(None for _ in ctx.parts)
+        grad_z = times_transpose(g.to(ctx.dtype), ctx.F) if ctx.needs_input_grad[1] else None
+        return g if ctx.needs_input_grad[0] else None, grad_z, None, *(None for _ in ctx.F.parts)
 
 
-def _times_transpose(a: Tensor, read: Reader, parts: Parts) -> Tensor:
+def times_transpose(a: Tensor, F: Held) -> Tensor:
     """a Fᵀ, (tokens, k)."""
+    read, parts = F
     out = None
-    for rows, F in read.by_rows(parts, a.dtype):
-        if F.shape[0] == parts[0].shape[0]:
-            return a @ F.t()
+    for rows, dense in read.by_rows(parts, a.dtype):
+        if dense.shape[0] == parts[0].shape[0]:
+            return a @ dense.t()
         out = a.new_empty(a.shape[0], parts[0].shape[0]) if out is None else out
-        torch.mm(a, F.t(), out=out[:, rows])
+        torch.mm(a, dense.t(), out=out[:, rows])
     assert out is not None
     return out
 
 
-def _times(z: Tensor, read: Reader, parts: Parts, base: Tensor | None = None) -> Tensor:
+def times(z: Tensor, F: Held, base: Tensor | None = None) -> Tensor:
     """z F, or base + z F, (tokens, n)."""
+    read, parts = F
     pieces = []
-    for columns, F in read.by_columns(parts, z.dtype):
+    for columns, dense in read.by_columns(parts, z.dtype):
         if base is None:
-            pieces.append(z @ F)
+            pieces.append(z @ dense)
         else:
-            pieces.append(torch.addmm(base if base.dim() == 1 else base[:, columns], z, F))
+            pieces.append(torch.addmm(base if base.dim() == 1 else base[:, columns], z, dense))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

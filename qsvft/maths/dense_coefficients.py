@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .coefficients import (
     ROUNDED,
-    TOKENS,
     Scale,
     ScaleSide,
     accumulator,
@@ -20,7 +19,11 @@ from .coefficients import (
 )
 
 
-def _scaled(M: Tensor, scale: Scale, side: ScaleSide) -> Tensor:
+_ENTRIES = 2**20
+"""Of the parts of a sum that stand there at once."""
+
+
+def scaled(M: Tensor, scale: Scale, side: ScaleSide) -> Tensor:
     """N, or from the gradient of N that of M: the same factors."""
     if scale is None:
         return M
@@ -30,15 +33,20 @@ def _scaled(M: Tensor, scale: Scale, side: ScaleSide) -> Tensor:
     return M * (scale.unsqueeze(1) if side == "rows" else scale)
 
 
-def _dense_gradient(g: Tensor, h: Tensor) -> Tensor:
-    """dL/dN = gᵀ h, (k, k): rounded once per stretch of tokens and summed in fp32."""
-    rank = h.shape[1]
-    total = h.new_zeros((rank, rank), dtype=accumulator(h.dtype))
-    for start in range(0, h.shape[0], TOKENS):
-        g_rows, h_rows = (whole_stretches(t[start : start + TOKENS]) for t in (g, h))
+def dense_gradient(g: Tensor, h: Tensor) -> Tensor:
+    """dL/dN = gᵀ h, (k, k) in fp32 (fp64 for fp64): rounded once per stretch of tokens, where the device rounds."""
+    dtype = accumulator(h.dtype)
+    if h.dtype == dtype:
+        return g.t() @ h
+    if h.is_cuda:
+        return torch.mm(g.t(), h, out_dtype=dtype)
+    rank, most = h.shape[1], ROUNDED * max(1, _ENTRIES // h.shape[1] ** 2)
+    total = h.new_zeros((rank, rank), dtype=dtype)
+    for start in range(0, h.shape[0], most):
+        g_rows, h_rows = (whole_stretches(t[start : start + most]) for t in (g, h))
         length = min(ROUNDED, g_rows.shape[0])
         parts = torch.bmm(g_rows.reshape(-1, length, rank).transpose(1, 2), h_rows.reshape(-1, length, rank))
-        total = total + parts.sum(0, dtype=total.dtype)
+        total += parts.sum(0, dtype=dtype)
     return total
 
 
@@ -47,7 +55,7 @@ class _DenseCoefficients(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, values: Tensor, scale: Scale, side: ScaleSide) -> Tensor:
         save_for_backward(ctx, h, values, scale)
         ctx.side = side
-        N = _scaled(values.view(h.shape[1], -1), scale, side).to(h.dtype)
+        N = scaled(values.view(h.shape[1], -1), scale, side).to(h.dtype)
         return h @ N.t()
 
     @staticmethod
@@ -55,9 +63,9 @@ class _DenseCoefficients(torch.autograd.Function):
         h, values, scale = saved(ctx)
         grad_h = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_h = g @ _scaled(values.view(h.shape[1], -1), scale, ctx.side).to(g.dtype)
+            grad_h = g @ scaled(values.view(h.shape[1], -1), scale, ctx.side).to(g.dtype)
         if ctx.needs_input_grad[1]:
-            grad_values = _scaled(_dense_gradient(g, h), scale, ctx.side).to(values.dtype).view(-1)
+            grad_values = scaled(dense_gradient(g, h), scale, ctx.side).to(values.dtype).view(-1)
         return grad_h, grad_values, None, None
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .basis import Basis
 from .coefficients import Scale, ScaleSide
-from .patterns import Pattern
+from .dense_update import dense_update
+from .patterns import DensePattern, Pattern
 
 
 def sparse_update(
@@ -69,6 +70,11 @@ def two_sided_update(
     y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern, scale: Scale = None
 ) -> Tensor:
     """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n, scale of the rows of M."""
+    if isinstance(pattern, DensePattern) and not isinstance(scale, Tensor) and y.is_contiguous() and x.numel():
+        held = V.held(pattern.rank), U.held(pattern.rank)
+        if held[0] is not None and held[1] is not None:
+            rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+            return dense_update(*rows, values, scale, held[0], held[1]).view(y.shape)
     return sparse_update(y, x, V, U, values, pattern, scale)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..maths.basis import Basis, add_coefficients, read_coefficients
+from ..maths.basis import Basis, Held, add_coefficients, read_coefficients
 from ..maths.decomposition import (
     EXACT,
     Decomposer,
@@ -49,10 +49,13 @@ class StoredBasis(nn.Module, Basis):
         return self.stored.columns
 
     def to_coefficients(self, a: Tensor, rank: int) -> Tensor:
-        return read_coefficients(a, self.stored.layout, self.stored.parts(0, rank))
+        return read_coefficients(a, self.held(rank))
 
     def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
-        return add_coefficients(base, z, self.stored.layout, self.stored.parts(0, z.shape[1]))
+        return add_coefficients(base, z, self.held(z.shape[1]))
+
+    def held(self, rank: int) -> Held:
+        return Held(self.stored.layout, self.stored.parts(0, rank))
 
     def dense(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:
         return self.stored.dense(dtype, 0, rank)

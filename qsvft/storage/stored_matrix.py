@@ -79,9 +79,10 @@ class Layout(NamedTuple):
         return tuple(chosen)
 
 
-def slices(count: int, bytes_each: int, multiple: int = 1) -> Iterator[slice]:
-    """Stretches of 0 to ``count``, whole multiples, that take at most SLICE_BYTES (or one multiple)."""
-    step = max(multiple, SLICE_BYTES // max(bytes_each, 1) // multiple * multiple)
+def slices(count: int, bytes_each: int, multiple: int = 1, most: int | None = None) -> Iterator[slice]:
+    """Stretches of 0 to ``count``, whole multiples, of at most so many bytes, SLICE_BYTES by default (or one multiple)."""
+    most = SLICE_BYTES if most is None else most
+    step = max(multiple, most // max(bytes_each, 1) // multiple * multiple)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
@@ -166,7 +167,7 @@ class StoredMatrix(nn.Module):
         return sum(part.numel() * part.element_size() for part in self._held())
 
     def _held(self) -> Parts:
-        return tuple(self.buffers(recurse=False))
+        return tuple(self._buffers.values())  # type: ignore[arg-type]  # all of them tensors, in every forward
 
     def _apply(self, fn: Any, recurse: bool = True) -> StoredMatrix:
         """Move with the model, but keep dtypes: a cast of the scales would be another matrix."""

@@ -177,6 +177,9 @@ class QSVFTLinear(AdaptedLinear):
 
     def _updated(self, adapter: str, base: Tensor, x: Tensor) -> Tensor:
         """base plus the adapter's update of x, computed in the compute dtype (autocast's if active)."""
+        if self.forms[adapter].kind == "both":
+            products_alone = self.settings[adapter].pattern == "dense"
+            return in_compute_dtype(x, lambda a: self._apply_form(adapter, base, a), products_alone)
         return in_compute_dtype(
             x, lambda a: self._apply_form(adapter, base, a, h=self._shared_coefficients(adapter, x, a))
         )
