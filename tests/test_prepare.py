@@ -240,8 +240,8 @@ REFUSALS = {
     ),
     "a rank over the limit": (
         None,
-        {"rank": 48, "share_inputs": False},
-        r"k_proj: rank=48 is over the limit; its weight is 32 x 64, expected a rank of at most 32\. Use rank=None",
+        {"rank": 65, "share_inputs": False},
+        r"rank=65 is over the limit of every layer; .*q_proj, which has the most directions, is 64 x 64\. .* at most 64",
     ),
     "as many off-diagonals as the rank": (
         None,
@@ -449,3 +449,11 @@ def test_wrong_bits_of_the_embeddings_are_refused_before_anything_changes(model,
     with pytest.raises(ValueError, match="quantize_embeddings: expected 16, 8 or 4"):
         qsvft.prepare(model, bits=4, quantize_embeddings=bits)
     assert same_tensors(state(model), before) and not adapted(model)
+
+
+def test_a_layer_with_fewer_directions_than_the_rank_takes_all_of_its_own(llama):
+    model = qsvft.prepare(load(llama), bits=4, rank=48, share_inputs=False)
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, QSVFTLinear)}
+    ranks = {name: layer.pattern("default").rank for name, layer in adapted.items()}
+    assert {rank for name, rank in ranks.items() if name.endswith(("k_proj", "v_proj"))} == {32}
+    assert {rank for name, rank in ranks.items() if not name.endswith(("k_proj", "v_proj"))} == {48}

@@ -3,6 +3,7 @@
 dense   rounded to NF4, held in bf16: the numbers of the 4-bit base, whose product takes ten times as long on a CPU
 nf4     rounded to NF4, held in 4 bits
 frame   rounded to NF4 in the frame of a basis, as a base that held P = W V in place of W would be
+residual  as ``residual=True`` holds it at rank 96: NF4 of what U S Vᵀ leaves, and U S Vᵀ
 bf16    as they are
 """
 
@@ -20,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import qsvft
 from qsvft.storage.quantization import dequantize
+from qsvft.storage.residual import residual_linear
 
-DENSE, NF4, FRAME, BF16 = "dense", "nf4", "frame", "bf16"
+DENSE, NF4, FRAME, RESIDUAL, BF16 = "dense", "nf4", "frame", "residual", "bf16"
+RESIDUAL_RANK = 96
 
 
 HEAD = "classifier"
@@ -80,6 +83,8 @@ class Base:
         if held not in self._made:
             if held == DENSE:
                 self._made[held] = dict(dequantize(self._quantized(self._load())).named_parameters())
+            elif held == RESIDUAL:
+                self._made[held] = _with_residual(self._load())
             elif held == FRAME:
                 self._made[held] = rounded_in_frame(self._load())
             else:
@@ -89,3 +94,9 @@ class Base:
     @cached_property
     def _made(self) -> dict[str, dict[str, Tensor]]:
         return {}
+
+
+def _with_residual(model: Any) -> dict[str, Tensor]:
+    head = model.get_output_embeddings()
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
+    return {f"{name}.weight": residual_linear(one, RESIDUAL_RANK, 16).dense_weight() for name, one in layers.items()}

@@ -198,6 +198,10 @@ METHODS = {
         form("tried: gradient, dense, as LoRA r=8", "gradient", "gradient", 0, as_lora=8),
         form("tried: gradient turned, dense k=96", "gradient", "gradient", 96, turned=True),
         form("tried: input/output, dense k=96", "output", "input", 96),
+        *(
+            form(f"tried: input/output, whitened by {p}, dense k=96", "output", "input", 96, 2e-3, whitened=p)
+            for p in (0.0, 0.25, 0.5)
+        ),
         form("tried: input/output, dense k=192", "output", "input", 192),
         form("tried: input/output, dense, as LoRA r=8", "output", "input", 0, as_lora=8),
         form("tried: input/output, entries by gradient", "output", "input", 10**9, entries="gradient", per_row=16),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from base import BF16, DENSE, FRAME, NF4, Base
+from base import BF16, DENSE, FRAME, NF4, RESIDUAL, Base
 from language import LanguageTask, own_texts
 from methods import METHODS, Method, Task
 from questions import SHIFT, read_examples, shift_examples
@@ -201,9 +201,19 @@ STUDIES: dict[str, list[Job]] = {
     "toy": [Job(SHIFT, method, 60, 32, held_out=200) for method in METHODS.values() if method.package == "tried"]
     + [Job(SHIFT, METHODS[name], 60, 32, held_out=200) for name in ("LoRA r=8", "LoRA r=2", "full fine-tuning")],
     "first": [Job("gsm8k", METHODS[name], batch_size=4) for name in FIRST],
-    "frame": [
-        *(Job("gsm8k", METHODS["one-sided Hadamard d=8"], batch_size=4, held=held) for held in (DENSE, FRAME)),
-        *(Job("gsm8k", METHODS["one-sided d=8"], batch_size=4, held=held) for held in (DENSE, BF16)),
+    "bases": [
+        Job("gsm8k", METHODS["LoRA r=8"], batch_size=4, seeds=(0, 1, 2), held=held, swept=DENSE)
+        for held in (FRAME, RESIDUAL, BF16)
+    ],
+    "paper": [
+        Job("gsm8k", METHODS[name], batch_size=4)
+        for name in (
+            "two-sided d=8 (the paper's)",
+            "one-sided d=8",
+            "one-sided Hadamard d=8",
+            "one-sided d=8, shared",
+            "tried: singular, plain",
+        )
     ],
     "card": [
         *(Job("gsm8k", METHODS[name], **LONG) for name in FRONTIER),
@@ -211,5 +221,6 @@ STUDIES: dict[str, list[Job]] = {
         *(Job("gsm8k", METHODS[name], **LONG) for name in FORMS),
     ],
     "four-bit": [Job("gsm8k", METHODS[name], held=NF4, swept=DENSE, exact_match=True, **LONG) for name in FRONTIER[:7]],
+    "whitened": [Job("gsm8k", method, batch_size=4) for name, method in METHODS.items() if "whitened" in name],
     "rivals": [Job("gsm8k", METHODS[name]) for name in RIVALS],
 }

@@ -7,7 +7,8 @@ U and V are each one of
     random    an orthonormal matrix                       whole     the identity: M has a row (or column) for each
 
 and M is dense (U's k by V's k), or a band, or the entries of the largest gradient. alpha makes a step of AdamW at
-the learning rate 1 as large as W itself: |W| / sqrt(entries).
+the learning rate 1 as large as W itself: |W| / sqrt(entries). With ``whitened`` = p it is measured on the inputs, so
+that the step changes W x as much, and the directions of the inputs are weighed by their energies lambda_j ** -p.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 Statistics = dict[str, dict[str, Tensor]]
+WHITENED = "whitened"
 NEEDED = {"gradient": "gradient", "input": "inputs", "output": "outputs"}
 
 
@@ -121,7 +123,14 @@ def _updated(layer: nn.Linear, seen: dict[str, Tensor], options: dict[str, Any],
         inside = G.new_zeros(G.numel(), dtype=torch.bool).index_fill(0, most, True).view_as(G)
     shape = (m if U is None else k, n if V is None else k)
     entries = shape[0] * shape[1] if inside is None else int(inside.sum())
-    return Updated(layer, U, V, float(W.norm()) / entries**0.5, inside)
+    size = W.norm()
+    if WHITENED in options:
+        C = seen["inputs"]
+        energy = ((V @ C) * V).sum(1)
+        weights = (energy / energy.mean()).pow(-options[WHITENED])
+        V = weights.unsqueeze(1) * V
+        size = (k * ((W @ C) * W).sum() / (weights.square() * energy).sum()).sqrt()
+    return Updated(layer, U, V, float(size) / entries**0.5, inside)
 
 
 def _leading(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +143,7 @@ def _leading(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _eigenvectors(C: Tensor, k: int) -> Tensor:
-    return torch.linalg.eigh(C.double())[1].flip(1)[:, :k].t().float().contiguous()
+    return torch.linalg.eigh(C)[1].flip(1)[:, :k].t().contiguous()
 
 
 def _orthonormal(k: int, size: int, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,6 @@ from .coefficients import (
     whole_stretches,
 )
 
-
 _ENTRIES = 2**20
 """Of the parts of a sum that stand there at once."""
 

@@ -40,7 +40,7 @@ class _DenseUpdate(torch.autograd.Function):
         return times(z, U, base) if base.dtype == z.dtype else base + times(z, U).to(base.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         h, values = ctx.saved_tensors
         grad_z = times_transpose(g.to(h.dtype), ctx.U)

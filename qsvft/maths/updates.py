@@ -106,7 +106,7 @@ def unit_of(length: Tensor, entries: int) -> Tensor:
     whatever the pattern, the rank and the width.
 
     Args:
-        length: |W|_F, a scalar.
+        length: |W|_F, a scalar; for directions from data what :mod:`qsvft.tuner.calibration` measures in its place.
         entries: how many entries of M train.
 
     Returns:

@@ -80,7 +80,7 @@ class Layout(NamedTuple):
 
 
 def slices(count: int, bytes_each: int, multiple: int = 1, most: int | None = None) -> Iterator[slice]:
-    """Stretches of 0 to ``count``, whole multiples, of at most so many bytes, SLICE_BYTES by default (or one multiple)."""
+    """Stretches of 0 to ``count``, whole multiples, that take at most ``most`` bytes (SLICE_BYTES), or one multiple."""
     most = SLICE_BYTES if most is None else most
     step = max(multiple, most // max(bytes_each, 1) // multiple * multiple)
     for start in range(0, count, step):

@@ -3,7 +3,12 @@
     V  the leading eigenvectors of Σ x xᵀ           over the layer's inputs x
     U  the leading eigenvectors of Σ g gᵀ           over the gradients g of the loss by the layer's outputs
 
-Sums run over the tokens of the batches. In these directions the second moments of the gradient Σ g xᵀ are as far from
+Sums run over the tokens of the batches; alpha (``unit="weight"``) is measured on them too, so that an M of alpha times
+random signs changes W x by as much as W x is on average:
+
+    alpha² = Σ |W x|² / (k Σ |Vᵀ x|²)           |W|_F² / k² where x is as large in every direction
+
+In these directions the second moments of the gradient Σ g xᵀ are as far from
 even as they can be, so that its k x k corner holds the most; and AdamW, which divides by them, comes close to what
 Shampoo and SOAP do for whole weights (arXiv 2409.11321).
 """
@@ -58,7 +63,7 @@ def calibrate(model: nn.Module, config: QSVFTConfig, batches: Iterable[Batch], l
         for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=not progress_shown()):
             watch.see(model, send_to_device(batch, next(model.parameters()).device), loss)
     holder: Any = model
-    holder.qsvft_directions = DataDirections(watch.bases())
+    holder.qsvft_directions = watch.directions()
 
 
 def check_calibration(config: QSVFTConfig, calibration: object) -> None:
@@ -78,6 +83,7 @@ class _Watch:
         self._layers, self._config = layers, config
         self._recording, self._batches = False, 0
         self._mask: Tensor | None = None
+        self._outputs = dict.fromkeys(layers, 0.0)  # Σ |W x|²
         self._inputs: dict[str, CovarianceSketch] = {}
         self._gradients: dict[str, CovarianceSketch] = {}
         for name, layer in layers.items():
@@ -117,8 +123,12 @@ class _Watch:
         def look(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if not self._recording:
                 return
-            x = inputs[0].detach()
-            self._inputs[name].add(self._rows(x))
+            self._inputs[name].add(self._rows(inputs[0].detach()))
+            if isinstance(output, Tensor):
+                bias = getattr(self._layers[name], "bias", None)
+                y = self._rows(output.detach())
+                y = y if bias is None else y - bias
+                self._outputs[name] += float(torch.linalg.vector_norm(y, dtype=torch.float64).square())
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(lambda g: self._gradients[name].add(g.flatten(0, -2)))
 
@@ -130,8 +140,8 @@ class _Watch:
             return x[self._mask.bool()]
         return x.flatten(0, -2)
 
-    def bases(self) -> dict[tuple[str, BasisKey], StoredBasis]:
-        """U and V of every layer, by its name and key."""
+    def directions(self) -> DataDirections:
+        """U, V and alpha's length of every layer."""
         if not self._batches:
             raise ValueError("calibration: found no batch; expected a few, such as four of those to train on.")
         unseen = [name for name, sketch in self._gradients.items() if not sketch.energy]
@@ -140,12 +150,14 @@ class _Watch:
                 f"{unseen[0]}: no batch of the calibration reached this layer ({len(unseen)} of {len(self._layers)} "
                 "such): no gradient came by. Give more batches, or leave those layers out with exclude_modules."
             )
-        bits, found = self._config.factor_bits, {}
+        bits, bases, lengths = self._config.factor_bits, {}, {}
         for side, sketches in (("V", self._inputs), ("U", self._gradients)):
             for name, sketch in sketches.items():
-                rows = sketch.directions()[1]
-                found[name, BasisKey.data(side, bits, rows.shape[0])] = StoredBasis(StoredMatrix.hold(rows, bits))
-        return found
+                energies, rows = sketch.directions()
+                bases[name, BasisKey.data(side, bits, rows.shape[0])] = StoredBasis(StoredMatrix.hold(rows, bits))
+                if side == "V":
+                    lengths[name] = (rows.shape[0] * self._outputs[name] / float(energies.sum())) ** 0.5
+        return DataDirections(bases, lengths)
 
 
 def _ask_for_gradients(_: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -66,7 +66,8 @@ class QSVFTConfig(PeftConfig):
             (every linear layer except the output head).
         exclude_modules: names, or a regular expression, of layers to leave out.
         modules_to_save: modules to train and save whole, such as a fresh classification head.
-        rank: k, how many singular directions M acts on; None for all min(m, n) of each layer.
+        rank: k, how many directions M acts on; a layer with fewer takes all of its min(m, n), and None takes all
+            everywhere.
         rank_pattern: rank for single layers, by name or regular expression: {"k_proj": 64}.
         pattern: "plain", "banded", "random", "top_k" or "dense": which entries of M train. "dense" trains all
             k * k, and wants a small rank.

@@ -46,7 +46,7 @@ from .form import form_of
 from .groups import InputGroup
 from .parameter import Float32Parameter
 from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_difference, sketch, times_transpose
-from .sources import NOWHERE, Sources
+from .sources import NOWHERE, DataDirections, Sources
 from .targets import rank_of, shape_of
 
 
@@ -101,7 +101,9 @@ class QSVFTLinear(AdaptedLinear):
         self.qsvft_pattern[adapter_name] = pattern.to(weight.device)
         self.units[adapter_name] = 1.0
         if config.unit == "weight" and not weight.is_meta:
-            self.units[adapter_name] = float(unit_of(frobenius_norm(weight), pattern.count))
+            on_data = source.lengths.get(self.module_name) if isinstance(source, DataDirections) else None
+            length = frobenius_norm(weight) if on_data is None else torch.tensor(on_data, dtype=torch.float64)
+            self.units[adapter_name] = float(unit_of(length, pattern.count))
         if form.kind != "both":
             self.qsvft_scale[adapter_name] = self._scale(adapter_name, weight, source, source is sources.own)
         values = torch.zeros(self.pattern(adapter_name).count, device=weight.device)

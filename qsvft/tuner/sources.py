@@ -26,10 +26,11 @@ class DataDirections:
 
     Args:
         bases: by layer and key.
+        lengths: by layer, what takes the place of |W|_F in alpha.
     """
 
-    def __init__(self, bases: Mapping[tuple[str, BasisKey], StoredBasis]) -> None:
-        self._bases = dict(bases)
+    def __init__(self, bases: Mapping[tuple[str, BasisKey], StoredBasis], lengths: Mapping[str, float]) -> None:
+        self._bases, self.lengths = dict(bases), dict(lengths)
 
     def basis(self, owner: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
         """``rank`` directions of R^size, None if it has not just that many."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -66,7 +66,25 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         rank_of(config, name, shapes[name], groups.get(name))
         if config.residual:
             _check_dense(name, layer)
+    _check_rank(config, shapes, groups)
     return names
+
+
+def _check_rank(config: QSVFTConfig, shapes: Mapping[str, tuple[int, int]], groups: Mapping[str, InputGroup]) -> None:
+    """A rank that not one of the layers has is a mistake; a layer that has fewer directions takes all of its own."""
+    most = max(shapes, key=lambda name: _limit(shapes[name], groups.get(name)))
+    limit = _limit(shapes[most], groups.get(most))
+    if config.rank is not None and config.rank > limit:
+        m, n = shapes[most]
+        raise ValueError(
+            f"rank={config.rank} is over the limit of every layer; {most}, which has the most directions, is {m} x "
+            f"{n}. Expected a rank of at most {limit}, or None for full rank."
+        )
+
+
+def _limit(shape: tuple[int, int], group: InputGroup | None) -> int:
+    """How many directions a layer has."""
+    return min(shape) if group is None else group.limit
 
 
 def groups_of(model: nn.Module, config: QSVFTConfig, names: Sequence[str]) -> dict[str, InputGroup]:
@@ -114,18 +132,21 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
 
 
 def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int], group: InputGroup | None = None) -> int:
-    """k of a layer of shape (outputs, inputs); ValueError if the config asks for more than there are directions."""
-    m, n = shape
-    limit = min(m, n) if group is None else group.limit
+    """k of a layer of shape (outputs, inputs): ``config.rank``, or all directions of a layer that has fewer.
+
+    Raises:
+        ValueError: ``rank_pattern`` asks for more than there are, or a band for more than k.
+    """
+    (m, n), limit = shape, _limit(shape, group)
+    rank = limit if config.rank is None else min(config.rank, limit)
     key = get_pattern_key(list(config.rank_pattern), name)
-    asked = config.rank_pattern.get(key, config.rank)
-    rank = limit if asked is None else asked
+    if key in config.rank_pattern:
+        rank = config.rank_pattern[key]
     if rank > limit:
         shared = "" if group is None else f" (the stacked weight of {', '.join(group.members)} has {limit} directions)"
         raise ValueError(
-            f"{name}: rank={rank} is over the limit; its weight is {m} x {n}{shared}, expected a rank of at most "
-            f"{limit}. Use rank=None for full rank, a smaller rank, or "
-            f"rank_pattern={{'{name.split('.')[-1]}': {limit}}}."
+            f"{name}: rank={rank} in rank_pattern is over the limit; its weight is {m} x {n}{shared}, expected a rank "
+            f"of at most {limit}."
         )
     if config.pattern not in ("plain", "dense") and config.off_diagonals >= rank:
         raise ValueError(

@@ -207,6 +207,6 @@ def test_a_copied_model_shares_among_its_own_layers(llama):
 
 
 def test_a_rank_beyond_the_stacked_weight_is_refused_by_name(llama):
-    message = r"k_proj: rank=80 is over the limit; its weight is 32 x 64 \(the stacked weight of .*v_proj has 64"
+    message = r"k_proj: rank=80 in rank_pattern is over the limit; its weight is 32 x 64 \(the stacked weight of .*v_proj has 64"
     with pytest.raises(ValueError, match=message):
         qsvft.prepare(load(llama), bits=4, share_inputs=True, rank_pattern={"k_proj": 80})
