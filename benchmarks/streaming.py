@@ -157,7 +157,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_args()
-    options = {"rank": parsed.rank, "factor_bits": parsed.factor_bits}
+    form = {"sides": "one", "pattern": "banded", "share_inputs": True}
+    options = {**form, "rank": parsed.rank, "factor_bits": parsed.factor_bits}
     rows = []
     for layers in parsed.layers:
         source, target = parsed.folder / f"llama-{layers}", parsed.folder / f"llama-{layers}-prepared"

@@ -45,9 +45,10 @@ import qsvft
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE_MODEL = Path(__file__).resolve().parent / "base-model"
 TRAINED_ON, HELD_OUT = 4000, 200  # how many examples of the built-in task
+CALIBRATED_ON = 4  # batches
 # By how much a step changes a weight, in units of the weight. The built-in task is all new to the small model; what a
 # large one is fine-tuned on is not.
-RATE, OWN_RATE = 2e-3, 2e-1
+RATE, OWN_RATE, OWN_RANK = 4e-3, 5e-2, 64
 IGNORED = -100  # the label of a token that the loss leaves out
 
 
@@ -157,6 +158,14 @@ def logits(model, tokenizer, examples):
     return model(**batch).logits[batch["attention_mask"].bool()].float().cpu()
 
 
+def batches(examples, tokenizer, options):
+    """A few batches to take the directions from."""
+    for start in range(0, CALIBRATED_ON * options.batch_size, options.batch_size):
+        rows = [encode(example, tokenizer) for example in examples[start : start + options.batch_size]]
+        if rows:
+            yield collate(rows, tokenizer.pad_token_id)
+
+
 def train(model, tokenizer, examples, options):
     """Train M with the Trainer of transformers."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -241,16 +250,16 @@ def parse():
     add("--epochs", type=float, default=1, help="default: %(default)s")
     add("--steps", type=int, help="batches to train on, instead of epochs")
     add("--batch-size", type=int, default=32, help="default: %(default)s")
-    add("--off-diagonals", type=int, default=8, help="trained on each side of the main one (default: %(default)s)")
-    add("--pattern", default="banded", help="which entries of M train (default: %(default)s)")
-    add("--rank", type=int, help="keep this many singular vectors (default: all)")
+    add("--rank", type=int, help=f"directions of each side of a weight (default: {OWN_RANK}, else the library's)")
     add("--bits", type=int, default=4, help="of the frozen base (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--verify", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    own = options.dataset is None and options.model == str(BASE_MODEL)
     if options.learning_rate is None:
-        own = options.dataset is None and options.model == str(BASE_MODEL)
         options.learning_rate = OWN_RATE if own else RATE
+    if options.rank is None and own:
+        options.rank = OWN_RANK
     return options
 
 
@@ -264,12 +273,7 @@ def main():
     model = load_model(options.model)
     figures = {"base_parameters": model.num_parameters()}
     model = qsvft.prepare(
-        model,
-        bits=options.bits,
-        off_diagonals=options.off_diagonals,
-        pattern=options.pattern,
-        rank=options.rank,
-        seed=options.seed,
+        model, bits=options.bits, rank=options.rank, calibration=batches(examples, tokenizer, options)
     )
     figures["trainable_parameters"], _ = model.get_nb_trainable_parameters()
     figures["bytes"] = qsvft.held_bytes(model)

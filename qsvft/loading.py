@@ -68,7 +68,7 @@ def from_pretrained(
         adapter: a trained adapter to load, a directory or a hub id, in place of a new one; it stays trainable.
         config: a whole :class:`QSVFTConfig` for a new adapter; give this or single options.
         adapter_name: name of the adapter.
-        calibration: batches for ``basis="data"``, see :func:`prepare`.
+        calibration: batches of what is to be trained on, for the directions of ``basis="data"``, see :func:`prepare`.
         factors: a prepared directory whose factors are to be used, see :func:`use_factors`.
         dtype: of the weights before they are quantised, None as the checkpoint has them.
         device_map: where the model goes, as in transformers; None for the current GPU, or the CPU.
@@ -99,6 +99,8 @@ def from_pretrained(
             "from_pretrained(): fit chooses what is in a config; give fit with single options, or a config or an "
             "adapter without it"
         )
+    if calibration is not None and config is None and adapter is None:
+        fields = {"basis": "data", **fields}
     hub: dict[str, Any] = {"revision": revision, "token": token}
     options = {**lean, **fields}
     if prepared_record(_read_config(path_or_id, hub)) is None:

@@ -56,12 +56,12 @@ def prepare(
             that are not given are then those of :func:`qsvft.recommend`, and not the defaults.
         config: a whole :class:`QSVFTConfig`; give either this or single options, or ``fit``.
         adapter_name: name of the adapter.
-        calibration: a few batches of what is to be trained on, from which ``basis="data"`` takes its directions; see
-            :func:`calibrate`.
+        calibration: batches of what is to be trained on, such as the data loader; the first few give the directions
+            of ``basis="data"``, which is the default where this is given. See :func:`calibrate`.
         progress: show progress bars.
         **options: the switches gradient_checkpointing (on), offload (off), chunked_loss (on) and quantize_embeddings
-            (16), see :class:`~qsvft.lean.switches.Switches`; and fields of :class:`QSVFTConfig`, such as rank=1024,
-            pattern="plain", sides="both". Where ``task_type`` is not given it follows from the model's class, so
+            (16), see :class:`~qsvft.lean.switches.Switches`; and fields of :class:`QSVFTConfig`, such as rank=64,
+            factor_bits=8, pattern="plain". Where ``task_type`` is not given it follows from the model's class, so
             that a fresh classification head is trained and saved with the adapter.
 
     Returns:
@@ -74,6 +74,8 @@ def prepare(
     """
     lean, fields = without_switches(options)
     switches = Switches(**lean)
+    if calibration is not None and config is None:
+        fields = {"basis": "data", **fields}
     if config is not None and fields:
         raise ValueError(f"prepare(): give either config or single options, got both: {sorted(fields)}")
     _refuse_prepared(model)

@@ -82,8 +82,8 @@ MUTANTS = (
     Mutant(
         "update subtracted instead of added",
         "maths/basis.py",
-        "else base[:, columns], z, F))",
-        "else base[:, columns], z, F, alpha=-1))",
+        "else base[:, columns], z, dense))",
+        "else base[:, columns], z, dense, alpha=-1))",
         ("maths/test_updates.py",),
     ),
     Mutant(
@@ -103,8 +103,8 @@ MUTANTS = (
     Mutant(
         "activation kept for the backward beside its coefficients",
         "maths/basis.py",
-        "ctx.parts, ctx.read = parts, read\n",
-        "ctx.save_for_backward(a)\n        ctx.parts, ctx.read = (*parts,), read\n",
+        "return times_transpose(a, ctx.F)",
+        "ctx.save_for_backward(a)\n        return times_transpose(a, ctx.F)",
         ("tuner/test_forms.py",),
     ),
     Mutant(
@@ -169,6 +169,62 @@ MUTANTS = (
         "scale, ctx.side).to(values.dtype).view(-1)",
         "scale, ctx.side).t().to(values.dtype).reshape(-1)",
         ("maths/test_coefficients.py",),
+    ),
+    Mutant(
+        "the update of a dense M forgets its scale on the way back",
+        "maths/dense_update.py",
+        "N = scaled(values.view(h.shape[1], -1), ctx.scale,",
+        "N = scaled(values.view(h.shape[1], -1), None,",
+        ("maths/test_dense_update.py",),
+    ),
+    Mutant(
+        "the gradient of a dense M in one node transposed",
+        "maths/dense_update.py",
+        "scaled(dense_gradient(grad_z, h), ctx.scale",
+        "scaled(dense_gradient(h, grad_z), ctx.scale",
+        ("maths/test_dense_update.py",),
+    ),
+    Mutant(
+        "the sum over tokens of a dense M's gradient in low precision",
+        "maths/dense_coefficients.py",
+        "total += parts.sum(0, dtype=dtype)",
+        "total = (total + parts.sum(0)).to(h.dtype).to(dtype)",
+        ("maths/test_dense_update.py",),
+    ),
+    Mutant(
+        "alpha of directions from data measured on the bias too",
+        "tuner/calibration.py",
+        "y = y if bias is None else y - bias",
+        "y = y",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
+        "alpha of directions from data is that of the weight",
+        "tuner/layer.py",
+        "length = frobenius_norm(weight) if on_data is None else",
+        "length = frobenius_norm(weight) if True else",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
+        "calibration looks at all batches",
+        "tuner/calibration.py",
+        "few = islice(batches, MOST_BATCHES)",
+        "few = islice(batches, None)",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
+        "calibration given, and the basis stays singular",
+        "prepare.py",
+        'fields = {"basis": "data", **fields}',
+        "pass",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
+        "a layer with fewer directions than the rank is refused",
+        "tuner/targets.py",
+        "else min(config.rank, limit)",
+        "else config.rank",
+        ("test_prepare.py",),
     ),
     Mutant(
         "top-k takes the smallest entries",
@@ -502,8 +558,8 @@ MUTANTS = (
     Mutant(
         "unit counts the rank for the entries",
         "tuner/layer.py",
-        "unit_of(frobenius_norm(weight), pattern.count)",
-        "unit_of(frobenius_norm(weight), pattern.rank)",
+        "unit_of(length, pattern.count)",
+        "unit_of(length, pattern.rank)",
         ("tuner/test_layer.py::test_the_delta_weight_is_the_dense_reference",),
     ),
     Mutant(
@@ -670,8 +726,8 @@ MUTANTS = (
     Mutant(
         "a step down that contradicts a fixed option",
         "memory/fit/ladder.py",
-        "if step.option in rung.fixed:",
-        "if step.option in rung.fixed[1:]:",
+        "if step.option in rung.fixed or (",
+        "if step.option in rung.fixed[1:] or (",
         ("memory/fit/test_recommend.py",),
     ),
     Mutant(

@@ -351,12 +351,16 @@ PRIVATE_NAMES = [
     *(
         PrivateName(
             f"torch.nn.Module.{register}",
-            "memory/held.py",
-            "told from the plain attributes of a module",
-            "a public list of them",
+            files,
+            "told from the plain attributes of a module; a matrix's parts in every forward",
+            "a public list of them, as fast",
             _in_a_module(register),
         )
-        for register in ("_buffers", "_modules", "_parameters")
+        for register, files in (
+            ("_buffers", "memory/held.py storage/stored_matrix.py"),
+            ("_modules", "memory/held.py"),
+            ("_parameters", "memory/held.py"),
+        )
     ),
     PrivateName(
         "torch.nn.parallel.DistributedDataParallel._ddp_params_and_buffers_to_ignore",

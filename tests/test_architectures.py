@@ -96,6 +96,10 @@ ARCHITECTURES = {
 }
 
 
+SHARED = {"share_inputs": True, "pattern": "banded", "off_diagonals": 2}
+EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def family(request, tmp_path_factory):
     """An architecture and its checkpoint on disk, with weights wide enough to matter in bf16."""
@@ -139,10 +143,11 @@ def error(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def test_the_whole_flow_from_checkpoint_to_merged_checkpoint(family, tmp_path):
+@EACH_FORM
+def test_the_whole_flow_from_checkpoint_to_merged_checkpoint(family, tmp_path, form):
     architecture, folder = family
     base = outputs(architecture, quantised(architecture, folder))
-    model = qsvft.prepare(architecture.load(folder), bits=4, off_diagonals=2)
+    model = qsvft.prepare(architecture.load(folder), bits=4, **form)
     assert torch.equal(outputs(architecture, model), base)
 
     before = state(model)

@@ -52,32 +52,51 @@ def folder(llama, tmp_path_factory):
     return prepared(llama, tmp_path_factory.mktemp("prepared") / "llama")
 
 
+@pytest.fixture(scope="module")
+def shared_folder(llama, tmp_path_factory):
+    """One prepared for the one-sided form."""
+    return prepared(llama, tmp_path_factory.mktemp("shared") / "llama", share_inputs=True)
+
+
+@pytest.fixture(params=["folder", "shared_folder"])
+def each_folder(request):
+    """Both."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def no_decomposition(monkeypatch):
     """Whatever decomposes or quantises fails."""
     for name in ("eigh", "svd", "qr"):
         monkeypatch.setattr(torch.linalg, name, lambda *args, **options: pytest.fail("decomposed"))
     monkeypatch.setattr(qsvft.storage.quantization, "_quantized_layer", lambda *args: pytest.fail("quantised"))
+    return monkeypatch
 
 
-FORMS = [
-    {},
-    {"bits": 8, "rank": 16},
-    {"bits": 16, "rank": 16},
-    {"factor_bits": 4},
-    {"factor_bits": 8, "share_inputs": False, "rank_pattern": {"k_proj": 12}},
-    {"sides": "both"},
-    {"sides": "both", "residual": True, "rank": 24, "factor_bits": 4},
-    {"basis": "hadamard"},
-    {"decomposition": "randomized", "rank": 12},
+BANDED = {"pattern": "banded"}
+ONE_SIDED = [
+    {"share_inputs": True},
+    {"bits": 8, "rank": 16, "share_inputs": True},
+    {"bits": 16, "rank": 16, "share_inputs": True},
+    {"factor_bits": 4, "share_inputs": True},
+    {"factor_bits": 8, "sides": "one", "rank_pattern": {"k_proj": 12}},
+    {"basis": "hadamard", "share_inputs": True},
+    {"decomposition": "randomized", "rank": 12, "share_inputs": True},
 ]
+TWO_SIDED = [
+    {},
+    {"factor_bits": 8, "rank": 16},
+    {"residual": True, "rank": 24, "factor_bits": 4},
+]
+FORMS = [*ONE_SIDED, *TWO_SIDED]
 
 
 @pytest.mark.anywhere
 @pytest.mark.parametrize("options", FORMS, ids=str)
-def test_a_prepared_directory_gives_the_model_that_prepare_gives(llama, tmp_path, options):
-    model = loaded(prepared(llama, tmp_path / "prepared", **options))
-    expected = qsvft.prepare(load(llama, torch.float32), progress=False, **options)
+@pytest.mark.parametrize("of_M", [{}, BANDED], ids=str)
+def test_a_prepared_directory_gives_the_model_that_prepare_gives(llama, tmp_path, options, of_M):
+    model = loaded(prepared(llama, tmp_path / "prepared", **options), **of_M)
+    expected = qsvft.prepare(load(llama, torch.float32), progress=False, **options, **of_M)
     assert torch.equal(logits(randomize(model)), logits(randomize(expected)))
     assert same_tensors(state(model), state(expected))
 
@@ -86,7 +105,7 @@ def test_a_prepared_directory_gives_the_model_that_prepare_gives(llama, tmp_path
 def test_loading_decomposes_nothing(llama, tmp_path, options, request):
     folder = prepared(llama, tmp_path / "prepared", **options)
     request.getfixturevalue("no_decomposition")
-    assert loaded(folder).peft_config["default"].sides == options.get("sides", "one")
+    assert loaded(folder).peft_config["default"].sides == ("one" if options in ONE_SIDED else "both")
 
 
 @pytest.mark.anywhere
@@ -107,18 +126,18 @@ def test_bitwise_equal_after_every_round_trip(llama, tmp_path, options):
 
 
 @pytest.mark.anywhere
-def test_saved_with_an_adapter_it_is_the_same_directory(folder, tmp_path):
-    model = randomize(loaded(folder))
+def test_saved_with_an_adapter_it_is_the_same_directory(each_folder, tmp_path):
+    model = randomize(loaded(each_folder))
     model.get_base_model().save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    plain = AutoModelForCausalLM.from_pretrained(folder)
-    assert stored_names(tmp_path / "again") == stored_names(folder)
+    plain = AutoModelForCausalLM.from_pretrained(each_folder)
+    assert stored_names(tmp_path / "again") == stored_names(each_folder)
     assert same_tensors(state(plain), state(again))
     assert same_tensors(factors(plain), factors(again))
 
 
 @pytest.mark.anywhere
-@pytest.mark.parametrize("options", FORMS[3:7], ids=str)
+@pytest.mark.parametrize("options", [*ONE_SIDED[3:5], *TWO_SIDED], ids=str)
 def test_a_model_prepared_in_memory_is_saved_as_a_prepared_directory(llama, tmp_path, options):
     model = randomize(qsvft.prepare(load(llama, torch.float32), progress=False, **options))
     model.get_base_model().save_pretrained(tmp_path / "saved")
@@ -131,39 +150,38 @@ def test_a_model_prepared_in_memory_is_saved_as_a_prepared_directory(llama, tmp_
 
 
 @pytest.mark.anywhere
-def test_m_at_zero_gives_the_quantised_base_bit_for_bit(llama, folder):
+def test_m_at_zero_gives_the_quantised_base_bit_for_bit(llama, each_folder):
     base = qsvft.quantize(load(llama, torch.float32), progress=False)
-    assert torch.equal(logits(loaded(folder)), logits(base))
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(base))
+    assert torch.equal(logits(loaded(each_folder)), logits(base))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(each_folder)), logits(base))
 
 
 @pytest.mark.anywhere
-def test_peft_and_adapters_by_name_know_the_directory(folder, tmp_path):
-    model = randomize(loaded(folder))
+def test_peft_and_adapters_by_name_know_the_directory(each_folder, tmp_path):
+    model = randomize(loaded(each_folder))
     model.save_pretrained(tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        folder
-    )
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(each_folder)
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
     assert same_tensors(coefficients(again), coefficients(model))
-    onto = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    onto = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(each_folder), tmp_path / "adapter")
     assert torch.equal(logits(onto), logits(model))
 
 
 @pytest.mark.anywhere
-def test_an_adapter_instead_of_a_new_one(folder, tmp_path, no_decomposition):
-    model = randomize(loaded(folder))
+def test_an_adapter_instead_of_a_new_one(each_folder, tmp_path, no_decomposition):
+    model = randomize(loaded(each_folder))
     model.save_pretrained(tmp_path / "adapter")
-    again = loaded(folder, adapter=tmp_path / "adapter")
+    again = loaded(each_folder, adapter=tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
     assert all(p.requires_grad for name, p in again.named_parameters() if "qsvft_M" in name)
     with pytest.raises(ValueError, match=r"has a config of its own; expected no other, got \['rank'\]"):
-        loaded(folder, adapter=tmp_path / "adapter", rank=8)
+        loaded(each_folder, adapter=tmp_path / "adapter", rank=8)
 
 
-def test_it_trains_and_its_adapter_comes_back(folder, tmp_path):
-    model = loaded(folder)
+def test_it_trains_and_its_adapter_comes_back(each_folder, tmp_path):
+    model = loaded(each_folder)
     data = [{"input_ids": row, "labels": row} for row in tokens(8)]
     arguments = TrainingArguments(tmp_path / "run", max_steps=3, learning_rate=0.05, report_to=[], use_cpu=True)
     before = logits(model)
@@ -171,7 +189,7 @@ def test_it_trains_and_its_adapter_comes_back(folder, tmp_path):
     trainer.train()
     assert not torch.equal(logits(model), before)
     trainer.save_model(tmp_path / "adapter")
-    assert torch.equal(logits(loaded(folder, adapter=tmp_path / "adapter")), logits(model))
+    assert torch.equal(logits(loaded(each_folder, adapter=tmp_path / "adapter")), logits(model))
 
 
 def test_other_heads_load_from_it(folder):
@@ -181,22 +199,31 @@ def test_other_heads_load_from_it(folder):
 
 
 @pytest.mark.parametrize("rank", [64, 32, 12])
-def test_fewer_directions_are_the_first_of_those_stored(llama, folder, no_decomposition, rank):
-    model = loaded(folder, rank=rank, rank_pattern={"k_proj": 12, "v_proj": 12})
+def test_fewer_directions_are_the_first_of_those_stored(each_folder, no_decomposition, rank):
+    model = loaded(each_folder, rank=rank, rank_pattern={"k_proj": 12, "v_proj": 12})
     assert model.base_model.model.model.layers[0].self_attn.o_proj.pattern("default").rank == rank
 
 
+def test_a_directory_of_both_factors_serves_the_one_sided_form(llama, folder, no_decomposition):
+    model = randomize(loaded(folder, sides="one"))
+    assert {len(m.qsvft_bases) for m in model.modules() if hasattr(m, "qsvft_bases")} == {1}
+    no_decomposition.undo()
+    expected = randomize(qsvft.prepare(load(llama, torch.float32), sides="one", progress=False))
+    assert torch.equal(logits(model), logits(expected))
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("where", "options", "message"),
     [
-        ({"factor_bits": 4}, r"needs? 64 directions under 'V_nf4_of_q_proj_k_proj_v_proj', found none"),
-        ({"sides": "both"}, r"directions under 'V_bf16', found none"),
-        ({"share_inputs": False}, r"q_proj: the options need 64 directions under 'V_bf16', found none"),
+        ("shared_folder", {"factor_bits": 4}, "the options need 64 .* 'V_nf4_of_q_proj_k_proj_v_proj', found none"),
+        ("shared_folder", {"sides": "both", "share_inputs": False}, "directions under 'V_bf16', found none"),
+        ("shared_folder", {"share_inputs": False}, "q_proj: the options need 64 directions under 'V_bf16', found none"),
+        ("folder", {"factor_bits": 4}, "q_proj: the options need 64 directions under 'V_nf4', found none"),
+        ("folder", {"sides": "one", "share_inputs": True}, "64 .* 'V_bf16_of_q_proj_k_proj_v_proj', found none"),
     ],
 )
-def test_what_would_have_to_be_decomposed_is_refused(folder, options, message):
-    if options.get("sides") == "both":
-        options = {**options, "share_inputs": False}
+def test_what_would_have_to_be_decomposed_is_refused(where, options, message, request):
+    folder = request.getfixturevalue(where)
     with pytest.raises(ValueError, match=message):
         loaded(folder, **options)
 
@@ -405,6 +432,17 @@ def wide(tmp_path_factory):
     )
 
 
+def test_a_directory_of_all_directions_serves_the_default_rank(wide, tmp_path, monkeypatch):
+    """Where auto, asked anew, would take randomized directions of that rank: those held are exact."""
+    monkeypatch.setattr("qsvft.maths.decomposition._RANDOMIZED_FROM", 256)
+    monkeypatch.setattr("qsvft.maths.decomposition._RANDOMIZED_UP_TO", 1 / 2)
+    folder = prepared(wide, tmp_path / "prepared", pattern="banded", share_inputs=True)
+    model = loaded(folder)
+    layer = model.base_model.model.model.layers[0].self_attn.o_proj
+    assert list(layer.qsvft_bases) == ["V_bf16"] and layer.pattern("default").rank == 128
+    assert loaded(folder, pattern="banded").peft_config["default"].rank is None
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
@@ -412,9 +450,13 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("sides", ["one", "both"])
-def test_an_adapter_trained_on_one_preparation_runs_on_the_others(wide, tmp_path, threads, sides):
-    first = loaded(prepared(wide, tmp_path / "first", sides=sides, dtype="bfloat16"))
+OF_THREADS = [{"share_inputs": True, **BANDED}, {"sides": "both", **BANDED}, {}]
+
+
+@pytest.mark.parametrize("options", OF_THREADS, ids=["shared", "two-sided", "default"])
+def test_an_adapter_trained_on_one_preparation_runs_on_the_others(wide, tmp_path, threads, options):
+    of_M = {name: value for name, value in options.items() if name == "pattern"}
+    first = loaded(prepared(wide, tmp_path / "first", **options, dtype="bfloat16"), **of_M)
     optimizer = torch.optim.AdamW((p for p in first.parameters() if p.requires_grad), lr=0.05)
     for step in range(5):
         ids = tokens(seed=step)
@@ -425,7 +467,7 @@ def test_an_adapter_trained_on_one_preparation_runs_on_the_others(wide, tmp_path
     expected = logits(first).float()
     change = expected - logits(AutoModelForCausalLM.from_pretrained(tmp_path / "first")).float()
     threads(2)
-    prepared(wide, tmp_path / "threads", sides=sides, dtype="bfloat16")
+    prepared(wide, tmp_path / "threads", **options, dtype="bfloat16")
     threads(1)
     bases = {
         "other threads": AutoModelForCausalLM.from_pretrained(tmp_path / "threads"),

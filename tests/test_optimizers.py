@@ -34,9 +34,8 @@ def no_overrides_of_other_tests():
 
 
 def prepared(llama, off_diagonals):
-    return qsvft.prepare(
-        load(llama), bits=4, target_modules=["q_proj", "o_proj"], off_diagonals=off_diagonals, progress=False
-    )
+    options = {"pattern": "banded", "off_diagonals": off_diagonals, "target_modules": ["q_proj", "o_proj"]}
+    return qsvft.prepare(load(llama), bits=4, progress=False, **options)
 
 
 def trainer(model, folder, optimizer, **options):

@@ -17,6 +17,11 @@ from qsvft.tuner import QSVFTLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BASES = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: nn.Linear}
+BANDED = {"pattern": "banded", "off_diagonals": 2}
+SHARED = {**BANDED, "share_inputs": True}
+ONE_SIDED = {**BANDED, "sides": "one"}
+EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
+EACH_PLAIN = pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 
 
 def adapted(model):
@@ -33,10 +38,11 @@ def step_gradients(model):
 @pytest.mark.anywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8, 16])
+@EACH_FORM
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_a_prepared_model_computes_the_quantised_base_and_trains_M_alone(llama, bits, dtype):
+def test_a_prepared_model_computes_the_quantised_base_and_trains_M_alone(llama, bits, dtype, form):
     expected = logits(qsvft.quantize(load(llama, dtype), bits))
-    model = qsvft.prepare(load(llama, dtype), bits=bits)
+    model = qsvft.prepare(load(llama, dtype), bits=bits, **form)
     assert isinstance(model, PeftModel)
     assert torch.equal(logits(model), expected)
     assert all(isinstance(layer.base_layer, BASES[bits]) for layer in adapted(model).values())
@@ -79,10 +85,11 @@ def test_every_4_bit_layer_is_kept_from_repacking_also_those_not_adapted(model):
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_checkpointing_is_non_reentrant_and_changes_no_bit_of_the_gradients(llama, bits):
+@EACH_FORM
+def test_checkpointing_is_non_reentrant_and_changes_no_bit_of_the_gradients(llama, bits, form):
     gradients = []
     for checkpointing in (True, False):
-        model = randomize(qsvft.prepare(load(llama), bits=bits, gradient_checkpointing=checkpointing))
+        model = randomize(qsvft.prepare(load(llama), bits=bits, gradient_checkpointing=checkpointing, **form))
         layer = model.get_base_model().model.layers[0]
         assert bool(getattr(layer, "gradient_checkpointing", False)) is checkpointing
         if checkpointing:
@@ -91,36 +98,39 @@ def test_checkpointing_is_non_reentrant_and_changes_no_bit_of_the_gradients(llam
     assert same_tensors(*gradients)
 
 
-def test_a_plain_module_is_prepared_and_trained():
+@EACH_PLAIN
+def test_a_plain_module_is_prepared_and_trained(form):
     def network():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 48, bias=False))
 
     x = torch.randn(5, 32)
     expected = qsvft.quantize(network(), 4)(x)
-    model = qsvft.prepare(network(), bits=4, off_diagonals=2)
+    model = qsvft.prepare(network(), bits=4, **form)
     assert torch.equal(model(x), expected)
     model(x).square().sum().backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-def test_a_model_that_transformers_loaded_in_4_bits_is_prepared_like_one_quantised_here(llama):
+@EACH_FORM
+def test_a_model_that_transformers_loaded_in_4_bits_is_prepared_like_one_quantised_here(llama, form):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    theirs = qsvft.prepare(load(llama, quantization_config=quantization, device_map="cpu"), bits=4)
-    ours = qsvft.prepare(load(llama), bits=4)
+    theirs = qsvft.prepare(load(llama, quantization_config=quantization, device_map="cpu"), bits=4, **form)
+    ours = qsvft.prepare(load(llama), bits=4, **form)
     assert torch.equal(logits(theirs), logits(ours))
     assert torch.equal(logits(randomize(theirs)), logits(randomize(ours)))
 
 
-def test_tied_embeddings_stay_tied_and_dense(tmp_path):
+@EACH_FORM
+def test_tied_embeddings_stay_tied_and_dense(tmp_path, form):
     folder = save_llama(tmp_path, tie_word_embeddings=True)
     expected = logits(qsvft.quantize(load(folder), 4))
-    model = qsvft.prepare(load(folder), bits=4)
+    model = qsvft.prepare(load(folder), bits=4, **form)
     inner = model.get_base_model()
     assert inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
     assert torch.equal(logits(model), expected)
@@ -131,10 +141,11 @@ def test_tied_embeddings_stay_tied_and_dense(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_linears_that_share_a_weight_keep_sharing_it_and_learn_apart(bits):
+@EACH_PLAIN
+def test_linears_that_share_a_weight_keep_sharing_it_and_learn_apart(bits, form):
     first, second = nn.Linear(32, 32), nn.Linear(32, 32)
     second.weight = first.weight
-    model = qsvft.prepare(nn.Sequential(first, nn.GELU(), second), bits=bits, off_diagonals=2)
+    model = qsvft.prepare(nn.Sequential(first, nn.GELU(), second), bits=bits, **form)
     one, two = adapted(model).values()
     assert one.base_layer.weight is two.base_layer.weight
     model(torch.randn(3, 32)).sum().backward()
@@ -152,10 +163,10 @@ def test_a_fresh_classification_head_trains_whole_and_dense(llama):
     }
 
 
-def test_rank_pattern_and_exclude_modules_reach_the_layers(model):
-    prepared = qsvft.prepare(
-        model, bits=4, rank=20, rank_pattern={"k_proj": 10}, exclude_modules=["down_proj"], off_diagonals=2
-    )
+@EACH_FORM
+def test_rank_pattern_and_exclude_modules_reach_the_layers(model, form):
+    options = {"rank": 20, "rank_pattern": {"k_proj": 10}, "exclude_modules": ["down_proj"], **form}
+    prepared = qsvft.prepare(model, bits=4, **options)
     ranks = {name.split(".")[-1]: layer.pattern("default").rank for name, layer in adapted(prepared).items()}
     assert ranks == {"q_proj": 20, "k_proj": 10, "v_proj": 20, "o_proj": 20, "gate_proj": 20, "up_proj": 20}
 
@@ -167,15 +178,16 @@ def test_off_diagonals_do_not_limit_the_rank_where_the_pattern_has_none(llama, p
 
 
 def test_a_whole_config_does_what_its_options_do(llama):
-    options = {"rank": 20, "off_diagonals": 2, "task_type": "CAUSAL_LM"}
+    options = {"rank": 20, **SHARED, "task_type": "CAUSAL_LM"}
     by_config = qsvft.prepare(load(llama), config=QSVFTConfig(**options))
     by_options = qsvft.prepare(load(llama), **options)
     assert torch.equal(logits(randomize(by_config)), logits(randomize(by_options)))
     assert same_tensors(coefficients(by_config), coefficients(by_options))
 
 
-def test_held_bytes_add_up_to_every_tensor_of_the_model(model):
-    prepared = qsvft.prepare(model, bits=4)
+@EACH_FORM
+def test_held_bytes_add_up_to_every_tensor_of_the_model(model, form):
+    prepared = qsvft.prepare(model, bits=4, **form)
     held = qsvft.held_bytes(prepared)
     assert held["M"] == sum(p.numel() * 4 for p in coefficients(prepared).values())
     frozen = ("qsvft_bases", "qsvft_scale")
@@ -194,11 +206,12 @@ def test_held_bytes_add_up_to_every_tensor_of_the_model(model):
     assert held["base"] == base + buffers
 
 
-def test_deleting_the_model_frees_its_factors_without_the_garbage_collector(llama):
+@EACH_FORM
+def test_deleting_the_model_frees_its_factors_without_the_garbage_collector(llama, form):
     import gc
     import weakref
 
-    model = qsvft.prepare(load(llama), bits=4)
+    model = qsvft.prepare(load(llama), bits=4, **form)
     layer = next(iter(adapted(model).values()))
     held = (next(layer.qsvft_bases.buffers()), layer.base_layer.weight, layer)
     references = [weakref.ref(thing) for thing in held]
@@ -240,12 +253,12 @@ REFUSALS = {
     ),
     "a rank over the limit": (
         None,
-        {"rank": 65, "share_inputs": False},
-        r"rank=65 is over the limit of every layer; .*q_proj, which has the most directions, is 64 x 64\. .* at most 64",
+        {"rank": 65},
+        r"rank=65 is over the limit of every layer; .*q_proj, which has the most .*, is 64 x 64\. .* 64, or None",
     ),
     "as many off-diagonals as the rank": (
         None,
-        {"rank_pattern": {"down_proj": 8}},
+        {"pattern": "banded", "rank_pattern": {"down_proj": 8}},
         r"down_proj: off_diagonals=8 needs a rank above it, found rank 8 .* at most 7: lower it",
     ),
     "NaN in the last layer": (
@@ -301,7 +314,7 @@ def test_nan_in_a_conv1d_is_refused_before_anything_changes(bits):
     with torch.no_grad():
         model[1].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="1: its weight holds 1 NaN or Inf values of 1024"):
-        qsvft.prepare(model, bits=bits, off_diagonals=2)
+        qsvft.prepare(model, bits=bits)
     assert [type(module) for module in model] == [Conv1D, Conv1D]
 
 
@@ -363,7 +376,7 @@ def test_a_weight_that_bitsandbytes_has_repacked_is_refused_by_name(llama):
 def test_a_4_bit_layer_that_was_never_quantised_is_refused_by_name():
     model = nn.Sequential(bnb.nn.Linear4bit(32, 32, quant_type="nf4"))
     with pytest.raises(ValueError, match=r"0: a 4-bit layer without quantisation state; .*model\.to\(\"cpu\"\)"):
-        qsvft.prepare(model, bits=4, off_diagonals=2)
+        qsvft.prepare(model, bits=4)
 
 
 def test_attention_that_reads_its_weights_itself_is_refused_by_name():
@@ -410,6 +423,7 @@ LEANEST = {
     "share_inputs": True,
     "quantize_embeddings": 8,
     "offload": True,
+    "pattern": "banded",
     "off_diagonals": 4,
 }
 
@@ -434,10 +448,11 @@ def test_the_leanest_model_saves_reloads_merges_and_unloads_as_plain_ones(llama,
     assert type(kept) is plain_types[""] and type(kept.model.norm) is plain_types["model.norm"]
 
 
-def test_lean_options_change_no_gradient_beyond_rounding(llama):
+@EACH_FORM
+def test_lean_options_change_no_gradient_beyond_rounding(llama, form):
     """Chunked loss, lean norms, sliced products and offloaded checkpoints compute what the plain ones compute."""
-    lean = step_gradients(randomize(qsvft.prepare(load(llama), bits=4, offload=True)))
-    model = randomize(qsvft.prepare(load(llama), bits=4, gradient_checkpointing=False, chunked_loss=False))
+    lean = step_gradients(randomize(qsvft.prepare(load(llama), bits=4, offload=True, **form)))
+    model = randomize(qsvft.prepare(load(llama), bits=4, gradient_checkpointing=False, chunked_loss=False, **form))
     plain = step_gradients(qsvft.lean.norms.plain_norms(model))
     for name, gradient in plain.items():
         assert (lean[name] - gradient).norm() <= 0.05 * gradient.norm(), name
@@ -451,9 +466,19 @@ def test_wrong_bits_of_the_embeddings_are_refused_before_anything_changes(model,
     assert same_tensors(state(model), before) and not adapted(model)
 
 
-def test_a_layer_with_fewer_directions_than_the_rank_takes_all_of_its_own(llama):
-    model = qsvft.prepare(load(llama), bits=4, rank=48, share_inputs=False)
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, QSVFTLinear)}
-    ranks = {name: layer.pattern("default").rank for name, layer in adapted.items()}
+@pytest.mark.parametrize("options", [{}, ONE_SIDED, {"pattern": "plain"}], ids=str)
+@pytest.mark.parametrize(("rank", "most"), [({"rank": 48}, 48), ({}, 64)], ids=["rank 48", "default"])
+def test_a_layer_with_fewer_directions_than_the_rank_takes_all_of_its_own(llama, options, rank, most):
+    model = qsvft.prepare(load(llama), bits=4, **rank, **options)
+    ranks = {name: layer.pattern("default").rank for name, layer in adapted(model).items()}
     assert {rank for name, rank in ranks.items() if name.endswith(("k_proj", "v_proj"))} == {32}
-    assert {rank for name, rank in ranks.items() if not name.endswith(("k_proj", "v_proj"))} == {48}
+    assert {rank for name, rank in ranks.items() if not name.endswith(("k_proj", "v_proj"))} == {most}
+
+
+def test_a_dense_M_takes_128_directions_where_no_rank_is_given_and_the_others_all():
+    def ranks(**options):
+        network = nn.Sequential(nn.Linear(160, 200), nn.GELU(), nn.Linear(200, 96))
+        return [layer.pattern("default").rank for layer in adapted(qsvft.prepare(network, **options)).values()]
+
+    assert ranks() == [128, 96]
+    assert ranks(pattern="banded") == [160, 96]

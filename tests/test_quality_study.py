@@ -183,7 +183,8 @@ def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, d
     found = {row["method"]: row for row in rows}
     assert list(found) == ["before training", *METHODS]
     for name, row in found.items():
-        assert row["loss"] > 0 and 0 <= row["accuracy"] <= 1 and row["own_text"] > 0, name
+        assert row.get("loss", 0) > 0, (name, row)
+        assert 0 <= row["accuracy"] <= 1 and row["own_text"] > 0, name
         assert {"machine", "versions", "commit"} <= set(row)
     base = found["before training"]
     # FRoD rebuilds every weight in bf16, and the authors' gate starts with an M that is not zero.

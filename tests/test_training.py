@@ -18,6 +18,10 @@ import qsvft
 from qsvft.tuner import QSVFTLinear
 
 SCRIPTS = Path(__file__).parent / "scripts"
+ONE_SIDED = {"sides": "one", "pattern": "banded", "off_diagonals": 2}
+SHARED = {**ONE_SIDED, "share_inputs": True}
+FORMS = {"shared": SHARED, "default": {}}
+EACH_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 COMMON = {
     "per_device_train_batch_size": 2,
     "learning_rate": 1e-2,
@@ -40,20 +44,22 @@ def trainer(model, folder, **options):
     return Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows(4))
 
 
-def trained(llama, folder, **options):
-    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+def trained(llama, folder, form, **options):
+    model = qsvft.prepare(load(llama), bits=4, **form)
     trainer(model, folder, **options).train()
     return model
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(llama, tmp_path_factory):
-    """M after four steps without evaluation or interruption."""
-    return coefficients(trained(llama, tmp_path_factory.mktemp("uninterrupted")))
+@pytest.fixture(scope="module", params=FORMS)
+def uninterrupted(llama, tmp_path_factory, request):
+    """A form, and M after four steps without evaluation or interruption."""
+    form = FORMS[request.param]
+    return form, coefficients(trained(llama, tmp_path_factory.mktemp("uninterrupted"), form))
 
 
-def test_trainer_moves_M_alone_and_lowers_the_loss(llama, tmp_path):
-    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+@EACH_FORM
+def test_trainer_moves_M_alone_and_lowers_the_loss(llama, tmp_path, form):
+    model = qsvft.prepare(load(llama), bits=4, **form)
     before = state(model)
     run = trainer(model, tmp_path, max_steps=12, learning_rate=3e-2)
     start = run.evaluate()["eval_loss"]
@@ -65,29 +71,33 @@ def test_trainer_moves_M_alone_and_lowers_the_loss(llama, tmp_path):
 
 def test_evaluating_between_steps_changes_no_bit_of_M(llama, tmp_path, uninterrupted):
     """On CPUs with AVX512-BF16 an eval forward of bitsandbytes repacks 4-bit weights in place."""
-    model = trained(llama, tmp_path, eval_strategy="steps", eval_steps=1)
-    assert same_tensors(coefficients(model), uninterrupted)
-    assert all(M.any() for M in uninterrupted.values())
+    form, expected = uninterrupted
+    model = trained(llama, tmp_path, form, eval_strategy="steps", eval_steps=1)
+    assert same_tensors(coefficients(model), expected)
+    assert all(M.any() for M in expected.values())
 
 
 def test_a_resumed_run_ends_with_bitwise_the_same_M(llama, tmp_path, uninterrupted):
-    trained(llama, tmp_path, save_strategy="steps", save_steps=2)
-    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+    form, expected = uninterrupted
+    trained(llama, tmp_path, form, save_strategy="steps", save_steps=2)
+    model = qsvft.prepare(load(llama), bits=4, **form)
     trainer(model, tmp_path, save_strategy="steps", save_steps=2).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-2")
     )
-    assert same_tensors(coefficients(model), uninterrupted)
+    assert same_tensors(coefficients(model), expected)
 
 
-def test_a_checkpoint_of_the_trainer_is_an_adapter(llama, tmp_path):
-    model = trained(llama, tmp_path, save_strategy="steps", save_steps=4)
+@EACH_FORM
+def test_a_checkpoint_of_the_trainer_is_an_adapter(llama, tmp_path, form):
+    model = trained(llama, tmp_path, form, save_strategy="steps", save_steps=4)
     again = PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path / "checkpoint-4")
     assert torch.equal(logits(again), logits(model))
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(llama, tmp_path):
+@EACH_FORM
+def test_the_best_checkpoint_is_loaded_at_the_end(llama, tmp_path, form):
     every_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+    model = qsvft.prepare(load(llama), bits=4, **form)
     run = trainer(model, tmp_path, load_best_model_at_end=True, learning_rate=0.5, **every_step)
     run.train()
     losses = {log["step"]: log["eval_loss"] for log in run.state.log_history if "eval_loss" in log}
@@ -95,25 +105,28 @@ def test_the_best_checkpoint_is_loaded_at_the_end(llama, tmp_path):
 
 
 def test_the_trainers_own_checkpointing_changes_no_bit_of_M(llama, tmp_path, uninterrupted):
-    model = trained(llama, tmp_path, gradient_checkpointing=True)
-    assert same_tensors(coefficients(model), uninterrupted)
+    form, expected = uninterrupted
+    model = trained(llama, tmp_path, form, gradient_checkpointing=True)
+    assert same_tensors(coefficients(model), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
-def test_after_training_nothing_but_M_is_held_in_fp32(llama, tmp_path, options):
-    model = trained(llama, tmp_path, **options)
+@pytest.mark.parametrize(("form", "held"), [(SHARED, 8), ({}, 28)], ids=FORMS)
+def test_after_training_nothing_but_M_is_held_in_fp32(llama, tmp_path, options, form, held):
+    model = trained(llama, tmp_path, form, **options)
     fp32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert fp32 == set(coefficients(model))
     assert all(M.any() and torch.isfinite(M).all() for M in coefficients(model).values())
     factors = {name: b.dtype for name, b in model.named_buffers() if "qsvft_bases" in name}
-    assert len(factors) == 8 and set(factors.values()) == {torch.bfloat16}
+    assert len(factors) == held and set(factors.values()) == {torch.bfloat16}
 
 
-def test_trl_keeps_M_in_fp32_and_small_steps_move_it(llama, tmp_path):
+@EACH_FORM
+def test_trl_keeps_M_in_fp32_and_small_steps_move_it(llama, tmp_path, form):
     """TRL casts trainable parameters of a 4-bit model to bf16, where a step of 1e-4 on 0.3 is lost."""
     from trl import SFTConfig, SFTTrainer
 
-    model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=2), scale=0.3)
+    model = randomize(qsvft.prepare(load(llama), bits=4, **form), scale=0.3)
     assert model.get_base_model().is_loaded_in_4bit
     before = coefficients(model)
     run = SFTTrainer(
@@ -133,8 +146,9 @@ def test_trl_keeps_M_in_fp32_and_small_steps_move_it(llama, tmp_path):
     assert max(float((after[name] - before[name]).abs().max()) for name in after) < 1e-3
 
 
-def test_generating_with_the_cache_gives_the_tokens_without_it(llama):
-    model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4)).eval()
+@EACH_FORM
+def test_generating_with_the_cache_gives_the_tokens_without_it(llama, form):
+    model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4, **form)).eval()
     ids = tokens(2, 5)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cached = model.generate(input_ids=ids, use_cache=True, **options)
@@ -144,10 +158,11 @@ def test_generating_with_the_cache_gives_the_tokens_without_it(llama):
         assert not torch.equal(model.generate(input_ids=ids, use_cache=True, **options), cached)
 
 
-def test_generating_between_steps_changes_no_bit_of_the_gradients(llama):
+@EACH_FORM
+def test_generating_between_steps_changes_no_bit_of_the_gradients(llama, form):
     gradients = []
     for generate in (False, True):
-        model = randomize(qsvft.prepare(load(llama), bits=4))
+        model = randomize(qsvft.prepare(load(llama), bits=4, **form))
         if generate:
             ids = tokens(1, 4)
             model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
@@ -174,15 +189,12 @@ def test_two_processes_train_one_adapter_and_send_no_factor(llama):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_the_compiled_model_has_the_eager_loss_and_gradients_with_checkpointing(llama):
-    """On one layer of each form: k_proj holds the output's side, up_proj the input's."""
+@pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
+def test_the_compiled_model_has_the_eager_loss_and_gradients_with_checkpointing(llama, form):
+    """On one layer of each side: of one-sided forms k_proj holds the output's, up_proj the input's."""
     torch._dynamo.reset()
-    model = qsvft.prepare(
-        load(llama, torch.float32),
-        bits=4,
-        off_diagonals=2,
-        target_modules=["layers.1.self_attn.k_proj", "layers.0.mlp.up_proj"],
-    )
+    targets = ["layers.1.self_attn.k_proj", "layers.0.mlp.up_proj"]
+    model = qsvft.prepare(load(llama, torch.float32), bits=4, target_modules=targets, **form)
     randomize(model, scale=0.1).train()
 
     def step(module):
@@ -200,8 +212,9 @@ def test_the_compiled_model_has_the_eager_loss_and_gradients_with_checkpointing(
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_deleting_a_trained_model_frees_it_without_the_garbage_collector(llama, checkpointing):
-    model = qsvft.prepare(load(llama), bits=4, gradient_checkpointing=checkpointing)
+@EACH_FORM
+def test_deleting_a_trained_model_frees_it_without_the_garbage_collector(llama, form, checkpointing):
+    model = qsvft.prepare(load(llama), bits=4, gradient_checkpointing=checkpointing, **form)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
     model(input_ids=tokens(), labels=tokens()).loss.backward()

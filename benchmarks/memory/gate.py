@@ -24,31 +24,37 @@ from typing import Any
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-METHODS = ("floor", "qlora", "svft", "qsvft", "qsvft:rank=256,sides=both")
+# One factor, shared by the layers that read one input, and the paper's band at full rank.
+BANDED = "qsvft:sides=one,pattern=banded,share_inputs=true"
+METHODS = ("floor", "qlora", "svft", "qsvft", BANDED, "qsvft:sides=both,pattern=banded,rank=256")
 # Where the loss is small, the other rivals and forms as well.
 MORE_METHODS = (
     "lora",
     "qlora-kbit",
     "svft-authors",
-    "qsvft:rank=256",
-    "qsvft:rank=1024,pattern=random",
-    "qsvft:rank=256,sides=both,residual=true,factor_bits=8",
+    f"{BANDED},rank=256",
+    "qsvft:sides=one,pattern=random,share_inputs=true,rank=1024",
+    "qsvft:sides=both,pattern=banded,rank=256,residual=true,factor_bits=8",
 )
 # The lean forms at full length, which the README's numbers are made of.
 LEAN_METHODS = (
     "floor:chunked_loss=true",
     "qlora:chunked_loss=true",
     "qlora-kbit",
-    "qsvft:factor_bits=4,rank=256",
-    "qsvft:factor_bits=4,rank=1024",
     "qsvft:factor_bits=8",
-    "qsvft:factor_bits=4,share_inputs=false",
     "qsvft:factor_bits=4",
-    "qsvft:factor_bits=4,quantize_embeddings=8",
+    "qsvft:factor_bits=8,quantize_embeddings=8",
     "qsvft:factor_bits=4,quantize_embeddings=8,offload_checkpoints=true",
-    "qsvft:basis=hadamard",
+    f"{BANDED},factor_bits=4,rank=256",
+    f"{BANDED},factor_bits=4,rank=1024",
+    f"{BANDED},factor_bits=8",
+    "qsvft:sides=one,pattern=banded,share_inputs=false,factor_bits=4",
+    f"{BANDED},factor_bits=4",
+    f"{BANDED},factor_bits=4,quantize_embeddings=8",
+    f"{BANDED},factor_bits=4,quantize_embeddings=8,offload_checkpoints=true",
+    "qsvft:basis=hadamard,pattern=banded,share_inputs=true",
 )
-WITHOUT_CHECKPOINTING = ("qsvft:factor_bits=4", "qsvft:factor_bits=4,rank=1024")
+WITHOUT_CHECKPOINTING = ("qsvft:factor_bits=8", f"{BANDED},factor_bits=4", f"{BANDED},factor_bits=4,rank=1024")
 MODELS = ("llama-2-7b", "llama-3-8b")
 MIB = 2**20
 

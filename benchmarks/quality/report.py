@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from runs import results
+from runs import Runs, results
 from studies import UNTRAINED, Job, jobs
 from sweep import best_rate
 
@@ -50,7 +50,8 @@ class Best:
 
     @property
     def rate_text(self) -> str:
-        return f"{self.rate:g}{'*' if self.rate in (min(self.tried), max(self.tried)) else ''}"
+        at_edge = self.job.swept is None and self.rate in (min(self.tried), max(self.tried))
+        return f"{self.rate:g}{'*' if at_edge else ''}"
 
 
 def found_best(job: Job, rows: Sequence[Row]) -> Best | None:
@@ -67,7 +68,10 @@ def found_best(job: Job, rows: Sequence[Row]) -> Best | None:
 def table_of(task: str, found: Sequence[Best], before: Row | None, costs: dict[str, Row]) -> Table:
     """One row a method, the best first."""
     full = next((best for best in found if best.job.method.name == FULL), None)
-    table = Table(title=f"{task}: held-out loss after {found[0].job.steps} steps of {found[0].job.batch_size}")
+    job = found[0].job
+    table = Table(
+        title=f"{task}: loss of {job.held_out} held out, {job.steps} steps of {job.batch_size}, base {job.held}"
+    )
     table.add_column("method", no_wrap=True)
     for column in ("trained", "rate", "seeds", "loss", "range", "accuracy", "of full", "own text", "peak GiB", "step"):
         table.add_column(column, justify="right")
@@ -171,15 +175,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = list(results.read(options.runs / "runs.jsonl"))
     costs = json.loads(options.costs.read_text(encoding="utf-8")) if options.costs else {}
     console = Console(width=170)
-    by_task: dict[str, list[Best]] = {}
+    alike: dict[tuple[Any, ...], list[Best]] = {}
     for job in jobs(options.study):
         if (best := found_best(job, rows)) is not None:
-            by_task.setdefault(job.task, []).append(best)
-    for task, found in by_task.items():
-        before = next((row for row in rows if row["task"] == task and row["method"] == UNTRAINED), None)
-        console.print(table_of(task, found, before, costs))
+            alike.setdefault((job.task, job.held, job.steps, job.batch_size, job.held_out), []).append(best)
+    for found in alike.values():
+        job = found[0].job
+        before = next((row for row in rows if Runs.same(row, job.untrained())), None)
+        console.print(table_of(job.task, found, before, costs))
         if options.pictures:
-            draw(task, found, costs, options.pictures)
+            draw(job.task, found, costs, options.pictures)
     if options.all:
         console.print(every_run(rows))
 

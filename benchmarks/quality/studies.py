@@ -215,6 +215,12 @@ STUDIES: dict[str, list[Job]] = {
             "tried: singular, plain",
         )
     ],
+    "data": [
+        Job("gsm8k", METHODS["data, dense k=96"], **LONG),
+        *(Job("arc-easy", METHODS[name], **LONG) for name in ("LoRA r=8", "data, dense k=96")),
+        Job("gsm8k", METHODS["data, dense k=56"], **LONG),
+        *(Job("boolq", METHODS[name], **LONG) for name in ("LoRA r=8", "data, dense k=96")),
+    ],
     "card": [
         *(Job("gsm8k", METHODS[name], **LONG) for name in FRONTIER),
         *(Job(task, METHODS[name], **LONG) for task in CHOICES for name in ON_CHOICES),

@@ -127,6 +127,7 @@ def _updated(layer: nn.Linear, seen: dict[str, Tensor], options: dict[str, Any],
     if WHITENED in options:
         C = seen["inputs"]
         energy = ((V @ C) * V).sum(1)
+        energy = energy.clamp_min(1e-6 * float(energy.max()))
         weights = (energy / energy.mean()).pow(-options[WHITENED])
         V = weights.unsqueeze(1) * V
         size = (k * ((W @ C) * W).sum() / (weights.square() * energy).sum()).sqrt()
@@ -143,7 +144,15 @@ def _leading(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _eigenvectors(C: Tensor, k: int) -> Tensor:
-    return torch.linalg.eigh(C)[1].flip(1)[:, :k].t().contiguous()
+    """The first k as rows, by a few rounds of subspace iteration where k is small."""
+    n = C.shape[0]
+    if 4 * k > n:
+        return torch.linalg.eigh(C)[1].flip(1)[:, :k].t().contiguous()
+    found = torch.linalg.qr(C @ torch.randn(n, k + 32, generator=torch.Generator().manual_seed(0)).to(C))[0]
+    for _ in range(4):
+        found = torch.linalg.qr(C @ found)[0]
+    turn = torch.linalg.eigh(found.t() @ C @ found)[1].flip(1)[:, :k]
+    return (found @ turn).t().contiguous()
 
 
 def _orthonormal(k: int, size: int, generator: torch.Generator) -> Tensor:

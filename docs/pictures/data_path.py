@@ -2,7 +2,7 @@
 
     python docs/pictures/data_path.py
 
-Shapes and dtypes are read off a small layer that ``qsvft.prepare`` adapted, once for each way to hold the factor.
+Shapes and dtypes are read off a small layer that ``qsvft.prepare`` adapted, once for each way to hold the factors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from svg import PALE, Picture, write
 from torch import nn
 
 import qsvft
+from qsvft.storage.factors import StoredBasis
 from qsvft.tuner.layer import QSVFTLinear
 
 OUT = "data-path.svg"
@@ -31,17 +32,16 @@ class Facts:
     weight: tuple[str, ...]
     weight_shape: str
     factors: str
-    factor_shape: str
-    scale: str
+    V_shape: str
+    U_shape: str
     trained: str
-    entries: str
     kept: str
     activation: str
     answer: str
 
 
 def adapted(factor_bits: int) -> QSVFTLinear:
-    """A layer with fewer inputs than outputs, in NF4, with the default pattern."""
+    """A layer in NF4, as it is by default but for its rank."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(INPUTS, OUTPUTS, bias=False)).to(torch.bfloat16)
     model = qsvft.prepare(net, bits=4, factor_bits=factor_bits, rank=RANK, target_modules=["0"], progress=False)
@@ -54,38 +54,34 @@ def facts() -> Facts:
     layer = layers[16]
     (M,) = layer.qsvft_M.values()
     assert [p.requires_grad for p in layer.parameters()] == [p is M for p in layer.parameters()]
-    (basis,), (scale,), (pattern,) = (
-        layer.held_bases().values(),
-        layer.qsvft_scale.values(),
-        layer.qsvft_pattern.values(),
-    )
+    (pattern,) = layer.qsvft_pattern.values()
+    assert M.numel() == RANK * RANK
+    V, U = (held(layer, side) for side in "VU")
     state = layer.original_base().weight.quant_state
     x = torch.randn(TOKENS, INPUTS, dtype=torch.bfloat16)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         y = layer(x)
     (h,) = [t for t in kept if t.shape[0] == TOKENS]
-    d = pattern.off_diagonals
-    assert M.numel() == RANK * (2 * d + 1) - d * (d + 1)
     return Facts(
         weight=(
             f"{state.quant_type.upper()}, blocks of {state.blocksize}",
             *(["double quantised"] if state.nested else []),
         ),
         weight_shape=shape(state.shape),
-        factors=" or ".join(NAMES[next(held(layers[bits]).buffers()).dtype] for bits in layers),
-        factor_shape=shape((basis.rank, basis.size)),
-        scale=f"{shape(scale.shape)}, {NAMES[scale.dtype]}",
+        factors=" or ".join(NAMES[next(held(layers[bits], "V").buffers()).dtype] for bits in layers),
+        V_shape=shape((V.rank, V.size)),
+        U_shape=shape((U.size, U.rank)),
         trained=f"{shape((pattern.rank, pattern.rank))}, {NAMES[M.dtype]}",
-        entries="k(2d+1) - d(d+1) entries",
         kept=f"{shape(h.shape)}, {NAMES[h.dtype]}",
         activation=f"{shape(x.shape)}, {NAMES[x.dtype]}",
         answer=f"{shape(y.shape)}, {NAMES[y.dtype]}",
     )
 
 
-def held(layer: QSVFTLinear) -> nn.Module:
-    (basis,) = layer.held_bases().values()
+def held(layer: QSVFTLinear, side: str) -> StoredBasis:
+    (basis,) = [one for key, one in layer.held_bases().items() if key.side == side]
+    assert isinstance(basis, StoredBasis)
     return basis
 
 
@@ -97,56 +93,43 @@ def shape(sizes: tuple[int, ...] | torch.Size) -> str:
 def draw() -> Picture:
     """The picture."""
     says = facts()
-    picture = Picture(1120, 492, "The data path of an adapted layer")
-    picture.text((24, 36), "One adapted layer:  y = W (x + V S⁻¹ M Vᵀ x)", 20, anchor="start", bold=True)
+    picture = Picture(1120, 450, "The data path of an adapted layer")
+    picture.text((24, 36), "One adapted layer:  y = W x + U α M Vᵀ x", 20, anchor="start", bold=True)
     picture.text(
         (24, 59),
-        "a weight with m outputs and n ≤ m inputs, as held by default; t tokens, k directions, d off-diagonals",
+        "a weight with m outputs and n inputs, as held by default; t tokens, k = 128 directions",
         13,
         anchor="start",
         fill=PALE,
     )
     top, low = 134.0, 284.0
-    # x -> (+) -> W -> y
-    picture.line([(87, top), (776, top)])
-    picture.line([(812, top), (842, top)])
-    picture.line([(1010, top), (1030, top)])
+    # x -> W -> (+) -> y
+    picture.line([(87, top), (399, top)])
+    picture.line([(565, top), (923, top)])
+    picture.line([(959, top), (1030, top)])
     _tensor(picture, (56, top), "x", says.activation)
-    picture.circle((794, top), 17, WHITE)
-    picture.text((794, top + 7), "+", 21)
-    _block(picture, (927, top), (166, 102), GREY, "W", [says.weight_shape, *says.weight, "frozen"])
+    _block(picture, (482, top), (166, 102), GREY, "W", [says.weight_shape, *says.weight, "frozen"])
+    picture.circle((941, top), 17, WHITE)
+    picture.text((941, top + 7), "+", 21)
     _tensor(picture, (1061, top), "y", says.answer)
-    # x -> Vᵀ -> h -> S⁻¹ M -> z -> V -> (+)
+    # x -> Vᵀ -> h -> α M -> z -> U -> (+)
     picture.line([(56, top + 42), (56, low), (112, low)])
     picture.line([(266, low), (292, low)])
     picture.line([(354, low), (388, low)])
     picture.line([(576, low), (610, low)])
     picture.line([(672, low), (716, low)])
-    picture.line([(794, low - 51), (794, top + 18)])
-    _block(picture, (189, low), (154, 102), BLUE, "Vᵀ", [says.factor_shape, says.factors, "frozen"])
+    picture.line([(872, low), (941, low), (941, top + 18)])
+    _block(picture, (189, low), (154, 102), BLUE, "Vᵀ", [says.V_shape, says.factors, "frozen"])
     _tensor(picture, (323, low), "h", says.kept, dashed=True)
-    _block(
-        picture,
-        (482, low),
-        (188, 102),
-        ORANGE,
-        "S⁻¹ M",
-        [f"M: {says.trained}, trained", says.entries, f"S⁻¹: {says.scale}, frozen"],
-    )
+    _block(picture, (482, low), (188, 102), ORANGE, "α M", [f"M: {says.trained}, trained", "α: one number, frozen"])
     _tensor(picture, (641, low), "z", says.kept)
-    _block(picture, (794, low), (154, 102), BLUE, "V", ["the same tensor,", "read the other way"])
-    picture.line(
-        [(189, low + 53), (189, low + 74), (794, low + 74), (794, low + 53)], color=PALE, arrow=False, dashed=True
-    )
-    picture.text(
-        (491, low + 92), "held once; layers that read the same x (q, k, v; gate, up) hold one V together", 12, fill=PALE
-    )
-    _legend(picture, 408)
+    _block(picture, (794, low), (154, 102), BLUE, "U", [says.U_shape, says.factors, "frozen"])
+    _legend(picture, 372)
     return picture
 
 
 def _legend(picture: Picture, y: float) -> None:
-    """What the colours mean, and the other two forms."""
+    """What the colours mean, and the other forms."""
     entries = ((GREY, "frozen, quantised", False), (BLUE, "frozen factor", False), (ORANGE, "trained", False))
     x = 26.0
     for fill, words, dashed in (*entries, (WHITE, "kept for the backward, and no more", True)):
@@ -155,13 +138,8 @@ def _legend(picture: Picture, y: float) -> None:
         x += 62 + 7.2 * len(words)
     picture.text(
         (26, y + 42),
-        "Fewer outputs than inputs: the same behind W, with U in place of V:  y = y₀ + U M S⁻¹ Uᵀ y₀,  y₀ = W x",
-        13,
-        anchor="start",
-    )
-    picture.text(
-        (26, y + 64),
-        'Both factors held (sides="both", the paper\'s form):  y = W x + U M Vᵀ x,  without S⁻¹',
+        'One factor held (sides="one"):  y = W (x + V S⁻¹ M Vᵀ x), or with fewer outputs than inputs  '
+        "y = y₀ + U M S⁻¹ Uᵀ y₀,  y₀ = W x",
         13,
         anchor="start",
     )

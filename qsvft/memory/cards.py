@@ -10,15 +10,16 @@ CARDS_GIB: tuple[float, ...] = (8, 12, 16, 24)
 CONTEXT_BYTES = 3 * GIB // 4
 """What a process holds on a card beside its tensors: 0.75 GiB.
 
-The CUDA context and the loaded kernels of torch, cuBLAS and bitsandbytes take 0.3 to 0.5 GiB, cuBLAS
-workspaces some tens of MiB, a desktop on the same card the rest. Assumed, not measured on a card.
+The CUDA context and the loaded kernels of torch, cuBLAS and bitsandbytes: 0.753 GiB were taken on an H200 with CUDA
+13 (benchmarks/results/gpu). A desktop on the same card would come on top.
 """
 
-FRAGMENTATION = 0.04
+FRAGMENTATION = 0.08
 """Share of the peak that the caching allocator holds beyond the live tensors.
 
 Blocks are split and rounded (to 2 MiB above 1 MiB), and free blocks of the wrong size cannot be used.
-Training steps repeat the same sizes, which keeps the share small. Assumed, not measured on a card.
+On an H200 whose allocator was held to cards of 8 and 12 GiB, the longest sequences that fitted took 4 to 8 % beyond
+the predicted peak (five searches in benchmarks/results/gpu): this is the upper end.
 """
 
 

@@ -12,7 +12,7 @@ qlora-kbit       the same after PEFT's prepare_model_for_kbit_training, as most 
 dora, vera, boft PEFT's, on a bf16 base
 svft             plain SVFT: U, s, V in bf16 at full rank in place of W, diagonal M
 svft-authors     SVFT with the dense W' = U (S + M) Vᵀ rebuilt in each forward
-qsvft            this package's default: NF4 base, one factor, banded M with 8 off-diagonals
+qsvft            this package's default: NF4 base, dense M between 128 directions of each side
 ===============  ==============================================================================
 """
 
@@ -106,6 +106,8 @@ def parse_method(text: str) -> Method:
             key, value = "rank", key
         key = _OLDER_NAMES.get(key, key)
         options[key] = _value(text, name, key, value)
+        if name == "qsvft" and key == "rank" and value == "full" and "pattern=" not in rest:
+            raise ValueError(f"method {text!r}: a dense M takes a number as its rank; rank=full wants another pattern=")
     return Method(text, name, options)
 
 

@@ -47,7 +47,7 @@ class MemoryReport(Figures):
             "optimizer": self.optimizer,
             "device": self.device,
             "versions": self.versions,
-            "allowance": {"context_bytes": CONTEXT_BYTES, "fragmentation": FRAGMENTATION, "measured": False},
+            "allowance": {"context_bytes": CONTEXT_BYTES, "fragmentation": FRAGMENTATION, "measured": True},
             "cards_gib": list(self.cards),
         }
         if self.max_seq_len_gib is not None:

@@ -29,7 +29,7 @@ def tables(report: Figures) -> Iterator[RenderableType]:
     for row in report.rows:
         if row.error is not None:
             yield Text(f"{row.method} could not run: {row.error}", style="red")
-    yield Text(_assumptions(report), style="dim")
+    yield Text(_allowance(report), style="dim")
 
 
 def as_text(report: Figures) -> str:
@@ -49,12 +49,12 @@ def _heading(report: Figures) -> str:
     )
 
 
-def _assumptions(report: Figures) -> str:
+def _allowance(report: Figures) -> str:
     counted = "counted without values on meta tensors" if report.device == "meta" else f"ran on {report.device}"
     lines = [
         f"The step was {counted}; 1 GiB = 2**30 bytes. A method fits a card if its peak, {FRAGMENTATION:.0%} of it for "
-        f"the allocator's fragmentation and {CONTEXT_BYTES / GIB:g} GiB for the CUDA context do. This allowance is an "
-        "assumption, not measured on a card."
+        f"the allocator's fragmentation and {CONTEXT_BYTES / GIB:g} GiB for the CUDA context do: what an "
+        "H200 took at most, held to the memory of small cards."
     ]
     if report.max_seq_len_gib is not None and report.position_limit is not None:
         lines.append(f"The model's config gives {report.position_limit} as its longest sequence.")

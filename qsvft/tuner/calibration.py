@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ from .progress import progress_shown
 from .sources import DataDirections
 from .targets import check_targets, rank_of, shape_of
 
+MOST_BATCHES = 16
+"""Batches that are looked at, the first of those given."""
+
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -47,7 +51,8 @@ def calibrate(model: nn.Module, config: QSVFTConfig, batches: Iterable[Batch], l
     Args:
         model: quantised as it will be trained, without the adapter. Nothing of it changes.
         config: of the adapter, with ``basis="data"``.
-        batches: keyword arguments of the model, labels among them; as a Trainer's data loader gives them.
+        batches: keyword arguments of the model, labels among them, as a Trainer's data loader gives them. The first
+            16 are taken.
         loss: of the model and a batch; None for ``model(**batch).loss``.
 
     Raises:
@@ -60,7 +65,8 @@ def calibrate(model: nn.Module, config: QSVFTConfig, batches: Iterable[Batch], l
     layers = {name: model.get_submodule(name) for name in check_targets(model, config)}
     watch = _Watch(layers, config)
     with _frozen(model), watch.attached(), torch.enable_grad():
-        for batch in tqdm(batches, desc="calibrating", unit="batch", leave=False, disable=not progress_shown()):
+        few = islice(batches, MOST_BATCHES)
+        for batch in tqdm(few, desc="calibrating", unit="batch", leave=False, disable=not progress_shown()):
             watch.see(model, send_to_device(batch, next(model.parameters()).device), loss)
     holder: Any = model
     holder.qsvft_directions = watch.directions()

@@ -53,6 +53,10 @@ def _strings(value: Any) -> bool:
     return isinstance(value, Collection) and all(isinstance(one, str) for one in value)
 
 
+DENSE_RANK = 128
+"""k of a dense M where none is given."""
+
+
 @dataclass
 class QSVFTConfig(PeftConfig):
     """Configuration of an SVFT adapter on a (quantised) frozen model.
@@ -66,14 +70,15 @@ class QSVFTConfig(PeftConfig):
             (every linear layer except the output head).
         exclude_modules: names, or a regular expression, of layers to leave out.
         modules_to_save: modules to train and save whole, such as a fresh classification head.
-        rank: k, how many directions M acts on; a layer with fewer takes all of its min(m, n), and None takes all
-            everywhere.
+        rank: k, how many directions M acts on; a layer with fewer takes all of its min(m, n). None is 128 for a dense
+            M, and all of them for the other patterns.
         rank_pattern: rank for single layers, by name or regular expression: {"k_proj": 64}.
-        pattern: "plain", "banded", "random", "top_k" or "dense": which entries of M train. "dense" trains all
-            k * k, and wants a small rank.
+        pattern: "plain", "banded", "random", "top_k" or "dense": which entries of M train. "dense" (default) trains
+            all k * k, and wants a small rank.
         off_diagonals: d. The band has k(2d+1) - d(d+1) entries; random and top_k take as many.
             Ignored by "plain" and "dense".
-        sides: "one" holds only the factor of the smaller side (default), "both" is the paper's form.
+        sides: "both" holds U and V, as the paper does, "one" only the factor of the smaller side. None is "both", and
+            "one" with what only goes with that: ``share_inputs`` and the Hadamard basis.
         tail_damping: tau in [0, 1). The one-sided form divides by max(s_j, tau * rms(s)), so that
             rounding is not blown up along the smallest singular values.
         unit: what 1 in M stands for. "weight": a change of W as large as W itself, alpha = |W|_F / sqrt(entries), so
@@ -83,7 +88,7 @@ class QSVFTConfig(PeftConfig):
         factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation).
         share_inputs: layers that read the same input (q, k, v; gate, up) share the V of their stacked weight,
             and compute Vᵀ x once. True finds them by their names in transformers' models; a list of lists of
-            sibling names, [["q_proj", "k_proj"]], says which. One-sided form only, where it is the default.
+            sibling names, [["q_proj", "k_proj"]], says which. One-sided form only.
         basis: "singular" (singular vectors) or "hadamard" (seeded random signs and a Walsh-Hadamard transform:
             nothing stored, nothing decomposed; one-sided form only), or "data": V holds the leading directions of the
             layer's inputs on some batches, U those of the gradient of its outputs (``sides="both"`` only; see
@@ -144,7 +149,7 @@ class QSVFTConfig(PeftConfig):
         counted=True,
     )
     pattern: str = option(
-        "banded", WORD, "Which entries of M train: a diagonal, a band, as many elsewhere, or all.", *one_of(PATTERNS),
+        "dense", WORD, "Which entries of M train: a diagonal, a band, as many elsewhere, or all.", *one_of(PATTERNS),
         counted=True,
     )  # fmt: skip
     off_diagonals: int = option(
@@ -155,8 +160,14 @@ class QSVFTConfig(PeftConfig):
         lambda value: is_integer(value, 0),
         counted=True,
     )
-    sides: str = option(
-        "one", WORD, "Hold one factor, or both (the paper's form).", *one_of(SIDES), of_factors=True, counted=True
+    sides: str | None = option(
+        None,
+        WORD,
+        "Hold both factors (the paper's form), or one; None for both, where nothing asks for one.",
+        one_of(SIDES)[0],
+        lambda value: value is None or value in SIDES,
+        of_factors=True,
+        counted=True,
     )
     tail_damping: float = option(
         0.1,
@@ -241,8 +252,12 @@ class QSVFTConfig(PeftConfig):
             self.decomposition = "auto" if self.base is None else "exact"
         if self.unit is None:
             self.unit = "weight" if self.base is None else "one"
+        if self.sides is None:
+            self.sides = "one" if self.share_inputs or self.basis == "hadamard" else "both"
+        if self.rank is None and self.pattern == "dense" and self.base is None:
+            self.rank = DENSE_RANK
         if self.share_inputs is None:
-            self.share_inputs = self.sides == "one"
+            self.share_inputs = False
         elif not isinstance(self.share_inputs, bool):
             self.share_inputs = [list(names) for names in self.share_inputs]
         self._validate_together()

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..storage.residual import ResidualLinear
 from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
-from .config import QSVFTConfig
+from .config import DENSE_RANK, QSVFTConfig
 from .groups import InputGroup, input_groups
 
 
@@ -74,7 +74,7 @@ def _check_rank(config: QSVFTConfig, shapes: Mapping[str, tuple[int, int]], grou
     """A rank that not one of the layers has is a mistake; a layer that has fewer directions takes all of its own."""
     most = max(shapes, key=lambda name: _limit(shapes[name], groups.get(name)))
     limit = _limit(shapes[most], groups.get(most))
-    if config.rank is not None and config.rank > limit:
+    if config.rank not in (None, DENSE_RANK) and config.rank > limit:
         m, n = shapes[most]
         raise ValueError(
             f"rank={config.rank} is over the limit of every layer; {most}, which has the most directions, is {m} x "

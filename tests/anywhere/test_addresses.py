@@ -97,9 +97,10 @@ QUANTITIES = {
     "stored in 8": stored(8),
     "stored in 4": stored(4),
     "adapter": adapter(),
-    "adapter, both sides": adapter(sides="both"),
-    "adapter, hadamard": adapter(basis="hadamard"),
-    "adapter, one direction": adapter(rank=1, pattern="plain"),
+    "adapter, one side": adapter(sides="one", pattern="banded"),
+    "adapter, both sides": adapter(sides="both", pattern="banded"),
+    "adapter, hadamard": adapter(basis="hadamard", pattern="banded"),
+    "adapter, one direction": adapter(sides="one", rank=1, pattern="plain"),
 }
 
 
@@ -156,8 +157,9 @@ def test_weights_and_fingerprints_are_the_same_on_two_threads(on_threads, name, 
 
 
 @DTYPES
-def test_probe_and_lengths_follow_from_weight_and_factors_on_any_number_of_threads(on_threads, dtype):
-    layer = QSVFTLinear(linear(torch.randn(LARGE).to(dtype)), "default", QSVFTConfig(rank=64), "layer")
+@pytest.mark.parametrize("sides", ["one", "both"])
+def test_probe_and_lengths_follow_from_weight_and_factors_on_any_number_of_threads(on_threads, sides, dtype):
+    layer = QSVFTLinear(linear(torch.randn(LARGE).to(dtype)), "default", QSVFTConfig(rank=64, sides=sides), "layer")
     weight, basis = layer.original_weight(), layer.basis("V_bf16")
     found, expected = (on_threads(threads, layer.compute_probe, "default", weight) for threads in (2, 1))
     assert torch.equal(found, expected)

@@ -20,12 +20,14 @@ from qsvft.tuner import QSVFTLinear
 
 pytestmark = pytest.mark.anywhere
 
+SHARED = {"share_inputs": True, "pattern": "banded"}
 FORMS = [
     {},
-    {"bits": 8, "rank": 12},
+    SHARED,
+    {"bits": 8, "rank": 12, **SHARED},
     {"bits": 16, "rank": 16},
-    {"factor_bits": 4},
-    {"factor_bits": 8, "sides": "both"},
+    {"factor_bits": 4, **SHARED},
+    {"factor_bits": 8, "pattern": "banded"},
     {"sides": "both", "residual": True, "rank": 24, "factor_bits": 4},
     {"basis": "hadamard"},
 ]
@@ -79,7 +81,8 @@ def test_a_prepared_directory_is_the_same_wherever_its_tensors_lie(llama, tmp_pa
 @PLACES
 def test_a_checkpoint_gives_the_same_directory_wherever_its_tensors_lie(llama, tmp_path, offset):
     source = at(llama, offset, tmp_path / "source")
-    for options in ({}, {"bits": 16, "rank": 16}, {"sides": "both", "residual": True, "rank": 24, "factor_bits": 4}):
+    residual = {"sides": "both", "residual": True, "rank": 24, "factor_bits": 4}
+    for options in ({}, SHARED, {"bits": 16, "rank": 16}, residual):
         shutil.rmtree(tmp_path / "found", ignore_errors=True)
         shutil.rmtree(tmp_path / "expected", ignore_errors=True)
         found = prepared(source, tmp_path / "found", **options)
@@ -100,8 +103,9 @@ def test_a_model_in_memory_gives_the_same_adapter_wherever_its_weights_lie(llama
 
 
 @PLACES
-def test_an_adapter_is_the_same_wherever_its_tensors_lie(llama, tmp_path, offset):
-    folder = prepared(llama, tmp_path / "prepared")
+@pytest.mark.parametrize("options", [{}, SHARED], ids=str)
+def test_an_adapter_is_the_same_wherever_its_tensors_lie(llama, tmp_path, options, offset):
+    folder = prepared(llama, tmp_path / "prepared", **options)
     model = randomize(loaded(folder, include_factors=True))
     model.save_pretrained(tmp_path / "adapter")
     moved = at(tmp_path / "adapter", offset, tmp_path / "moved")
@@ -122,13 +126,14 @@ def test_an_adapter_is_the_same_wherever_its_tensors_lie(llama, tmp_path, offset
 
 
 @PLACES
-def test_a_directory_gives_its_factors_wherever_they_lie(llama, tmp_path, offset):
-    folder = prepared(llama, tmp_path / "prepared", dtype="bfloat16")
+@pytest.mark.parametrize("options", [{}, SHARED], ids=str)
+def test_a_directory_gives_its_factors_wherever_they_lie(llama, tmp_path, options, offset):
+    folder = prepared(llama, tmp_path / "prepared", dtype="bfloat16", **options)
     model, expected = load(llama), load(llama)
     for one, directory in ((model, at(folder, offset, tmp_path / "moved")), (expected, folder)):
         qsvft.quantize(one, progress=False)
         qsvft.use_factors(one, directory)
-    found, expected = (randomize(qsvft.prepare(one, progress=False)) for one in (model, expected))
+    found, expected = (randomize(qsvft.prepare(one, progress=False, **options)) for one in (model, expected))
     assert in_place(tensor for name, tensor in found.named_buffers() if ".qsvft_" in name)
     assert same_tensors(state(found), state(expected))
     assert torch.equal(logits(found), logits(expected))
@@ -162,10 +167,14 @@ def test_every_written_tensor_lies_at_a_multiple_of_64_or_of_its_own_divisor(lla
             assert (end - begin) % 64 or (8 + length + begin) % 64 == 0, name
 
 
-def test_factors_of_whole_lines_are_the_files_own_pages(tmp_path):
+@pytest.mark.parametrize("options", [{}, SHARED], ids=str)
+def test_factors_of_whole_lines_are_the_files_own_pages(tmp_path, options):
     """Read twice they are the same memory: nothing is copied of a directory that was prepared."""
     source = save_llama(tmp_path / "source", num_hidden_layers=1)
-    files = factors_in(prepared(source, tmp_path / "prepared"))
-    for owner, key in sorted({name[:2] for name in files if name.of_basis}):
-        first, second = (files.basis(owner, key, 64, 64, torch.device("cpu")) for _ in range(2))
+    files = factors_in(prepared(source, tmp_path / "prepared", **options))
+    tensors, names = files.tensors(), [name for name in files if name.of_basis]
+    assert names
+    for name in names:
+        k, n = tensors[str(name)].shape
+        first, second = (files.basis(name.owner, name.key, k, n, torch.device("cpu")) for _ in range(2))
         assert first.stored.values.data_ptr() == second.stored.values.data_ptr()

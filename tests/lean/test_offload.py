@@ -40,7 +40,7 @@ def travelled(monkeypatch):
 
 
 def prepared(llama, **options):
-    options = {"bits": 4, "off_diagonals": 2, "progress": False, **options}
+    options = {"bits": 4, "progress": False, **options}
     return randomize(qsvft.prepare(load(llama), **options)).train()
 
 
@@ -64,8 +64,9 @@ def held_storages(model):
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no checkpointing"])
 @pytest.mark.parametrize("bits", [4, 16])
-def test_the_gradients_are_bitwise_those_without_offloading(llama, bits, checkpointing, travelled):
-    model = prepared(llama, bits=bits, gradient_checkpointing=checkpointing)
+@pytest.mark.parametrize("form", [{}, {"share_inputs": True, "pattern": "banded", "off_diagonals": 2}], ids=str)
+def test_the_gradients_are_bitwise_those_without_offloading(llama, form, bits, checkpointing, travelled):
+    model = prepared(llama, bits=bits, gradient_checkpointing=checkpointing, **form)
     expected = gradients(model)
     assert not travelled
     offload_checkpoints(model, min_bytes=0)

@@ -351,7 +351,7 @@ def folder(request, tmp_path_factory):
 
 
 def prepared(folder, vocabulary_bits=8):
-    return qsvft.prepare(base(folder, 4, vocabulary_bits), bits=4, off_diagonals=2, progress=False)
+    return qsvft.prepare(base(folder, 4, vocabulary_bits), bits=4, progress=False)
 
 
 def test_an_adapter_trains_saves_and_loads_over_a_quantised_vocabulary(folder, tmp_path):
@@ -367,7 +367,7 @@ def test_an_adapter_trains_saves_and_loads_over_a_quantised_vocabulary(folder, t
 
 
 def test_an_adapters_state_has_nothing_of_the_vocabulary(folder):
-    with_it, without = prepared(folder), qsvft.prepare(base(folder, 4), bits=4, off_diagonals=2, progress=False)
+    with_it, without = prepared(folder), qsvft.prepare(base(folder, 4), bits=4, progress=False)
     assert get_peft_model_state_dict(with_it).keys() == get_peft_model_state_dict(without).keys()
     assert not any("stored" in name for name in get_peft_model_state_dict(with_it))
 

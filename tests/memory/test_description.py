@@ -26,12 +26,13 @@ OPTIONS = {
     "4 bits": {"bits": 4},
     "8 bits": {"bits": 8},
     "16 bits": {"bits": 16},
-    "both sides": {"bits": 4, "sides": "both"},
+    "one side": {"bits": 4, "sides": "one", "pattern": "banded"},
+    "both sides": {"bits": 4, "sides": "both", "pattern": "banded"},
     "factors in 8 bits": {"bits": 4, "factor_bits": 8},
     "factors in 4 bits": {"bits": 4, "factor_bits": 4},
     "random pattern": {"bits": 4, "pattern": "random"},
     "hadamard": {"bits": 4, "basis": "hadamard"},
-    "shared inputs": {"bits": 4, "share_inputs": True},
+    "shared inputs": {"bits": 4, "share_inputs": True, "pattern": "banded"},
     "residual": {"bits": 4, "sides": "both", "rank": 16, "residual": True},
     "vocabulary in 8 bits": {"bits": 4, "quantize_embeddings": 8},
     "vocabulary in 4 bits": {"bits": 4, "quantize_embeddings": 4},
@@ -131,7 +132,7 @@ def test_fp32_of_one_mebibyte_is_not_pointed_at():
 
 def test_M_and_its_gradient_may_be_large():
     network = nn.Sequential(nn.Linear(576, 576, bias=False)).to(torch.bfloat16)
-    model = qsvft.prepare(network, bits=4, off_diagonals=575, progress=False)
+    model = qsvft.prepare(network, bits=4, rank=576, progress=False)
     model(torch.randn(2, 576).to(torch.bfloat16)).sum().backward()
     description = describe(model)
     for kind in ("M", "gradients"):
@@ -145,8 +146,15 @@ def test_another_gradient_in_fp32_is_pointed_at():
     assert row(describe(model), "gradients", "float32").wide == ("weight.grad",)
 
 
-def test_kinds_are_what_the_tensors_are(llama):
-    model = step(prepared(llama, bits=4, share_inputs=False))
+FORMS = {
+    "both": {"qsvft_bases.U_bf16.stored.values": "factors"},
+    "one": {"qsvft_scale.default": "scales"},
+}
+
+
+@pytest.mark.parametrize("sides", FORMS)
+def test_kinds_are_what_the_tensors_are(llama, sides):
+    model = step(prepared(llama, bits=4, sides=sides))
     kinds = {item.name.removeprefix("base_model.model."): item.kind for item in held(model)}
     layer = "model.layers.0.self_attn.q_proj"
     expected = {
@@ -157,7 +165,7 @@ def test_kinds_are_what_the_tensors_are(llama):
         f"{layer}.base_layer.weight.quant_state.absmax": "quantisation state",
         f"{layer}.base_layer.weight.quant_state.state2.absmax": "quantisation state",
         f"{layer}.qsvft_bases.V_bf16.stored.values": "factors",
-        f"{layer}.qsvft_scale.default": "scales",
+        **{f"{layer}.{name}": kind for name, kind in FORMS[sides].items()},
         f"{layer}.qsvft_M.default": "M",
         f"{layer}.qsvft_probe.default": "patterns and probes",
         f"{layer}._expected_probe.default": "outside the module tree",

@@ -10,8 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from dense_basis import DenseBasis
 from torch import Tensor
 
+from qsvft.maths.basis import Held
 from qsvft.storage.factors import StoredBasis
 from qsvft.tuner.layer import QSVFTLinear
 
@@ -30,31 +32,49 @@ def gate() -> ModuleType:
     return module
 
 
-CASE = ("tiny", 256, False, "qsvft")
+@pytest.fixture(params=["qsvft", "qsvft:sides=one,pattern=banded,share_inputs=true"])
+def case(request) -> tuple[str, int, bool, str]:
+    return ("tiny", 256, False, request.param)
 
 
 @pytest.fixture
-def clean(gate: ModuleType) -> dict:
-    return {gate.key(CASE): gate.measure(CASE)}
+def clean(gate: ModuleType, case: tuple) -> dict:
+    return {gate.key(case): gate.measure(case)}
 
 
-def test_the_same_code_gives_the_same_bytes(gate: ModuleType, clean: dict) -> None:
-    lines, grew = gate.report(clean, {gate.key(CASE): gate.measure(CASE)})
+def test_the_same_code_gives_the_same_bytes(gate: ModuleType, case: tuple, clean: dict) -> None:
+    lines, grew = gate.report(clean, {gate.key(case): gate.measure(case)})
     assert (lines, grew) == ([], False)
 
 
-def test_a_factor_copy_kept_by_autograd_is_reported_under_saved_activations(gate, clean, monkeypatch) -> None:
-    def leaking(self: StoredBasis, a: Tensor, rank: int) -> Tensor:
-        return a @ (self.dense(torch.float32, rank) * 1.0).to(a.dtype).t()
+def coefficients_of_a_copy(self: StoredBasis, a: Tensor, rank: int) -> Tensor:
+    return a @ (self.dense(torch.float32, rank) * 1.0).to(a.dtype).t()
 
-    monkeypatch.setattr(StoredBasis, "to_coefficients", leaking)
-    lines, grew = gate.report(clean, {gate.key(CASE): gate.measure(CASE)})
+
+def held_as_a_copy(self: StoredBasis, rank: int) -> Held:
+    return DenseBasis(self.dense(torch.float32, rank) * 1.0).held(rank)
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "leaking"),
+    [
+        ("qsvft", "held", held_as_a_copy),
+        ("qsvft:pattern=banded", "to_coefficients", coefficients_of_a_copy),
+        ("qsvft:sides=one,pattern=banded,share_inputs=true", "to_coefficients", coefficients_of_a_copy),
+    ],
+    indirect=["case"],
+)
+def test_a_factor_copy_kept_by_autograd_is_reported_under_saved_activations(
+    gate, case, clean, monkeypatch, name, leaking
+) -> None:
+    monkeypatch.setattr(StoredBasis, name, leaking)
+    lines, grew = gate.report(clean, {gate.key(case): gate.measure(case)})
     assert grew
     assert any("saved activations" in line and "+" in line for line in lines)
     assert any("MiB" in line for line in lines)
 
 
-def test_an_fp32_cast_of_x_kept_by_autograd_is_reported_under_saved_activations(gate, clean, monkeypatch) -> None:
+def test_an_fp32_cast_of_x_kept_by_autograd_is_reported_under_saved_activations(gate, case, clean, monkeypatch) -> None:
     original = QSVFTLinear._updated
 
     def leaking(self: QSVFTLinear, adapter: str, base: Tensor, a: Tensor) -> Tensor:
@@ -62,7 +82,7 @@ def test_an_fp32_cast_of_x_kept_by_autograd_is_reported_under_saved_activations(
         return original(self, adapter, base, (wide * wide.detach().sign().abs()).to(a.dtype))
 
     monkeypatch.setattr(QSVFTLinear, "_updated", leaking)
-    lines, grew = gate.report(clean, {gate.key(CASE): gate.measure(CASE)})
+    lines, grew = gate.report(clean, {gate.key(case): gate.measure(case)})
     assert grew
     assert any("saved activations" in line for line in lines)
 

@@ -18,17 +18,24 @@ from qsvft.memory.scenario import count_step
 from qsvft.memory.shapes import ATTENTION
 from qsvft.memory.step import count_on, make_optimizer
 
+BANDED = "qsvft:sides=one,pattern=banded,share_inputs=true"
 VARIANTS = (
     *METHODS,
-    "qsvft:sides=both",
-    "qsvft:pattern=plain",
-    "qsvft:rank=24,pattern=random",
-    "qsvft:pattern=top_k",
+    BANDED,
+    "qsvft:sides=both,pattern=banded",
+    "qsvft:share_inputs=true,pattern=plain",
+    "qsvft:share_inputs=true,rank=24,pattern=random",
+    "qsvft:share_inputs=true,pattern=top_k",
     "qsvft:bits=16",
-    "qsvft:share_inputs=false",
+    f"{BANDED},bits=16",
+    "qsvft:sides=one,pattern=banded,share_inputs=false",
+    "qsvft:sides=one",
     "qsvft:factor_bits=8",
+    f"{BANDED},factor_bits=8",
     "qsvft:factor_bits=4,rank=24",
+    f"{BANDED},factor_bits=4,rank=24",
     "qsvft:basis=hadamard",
+    "qsvft:basis=hadamard,pattern=banded,share_inputs=true",
     "qsvft:sides=both,residual=true,factor_bits=8",
     "qsvft:factor_bits=4,quantize_embeddings=8",
     "qsvft:quantize_embeddings=4,chunked_loss=false",
@@ -70,7 +77,10 @@ def test_categories_add_up_to_the_peak() -> None:
     assert ledger.peaks()["total"].nbytes == max(sum(point.live.values()) for point in thinned(ledger))
 
 
-@pytest.mark.parametrize("text", ["qlora", "qsvft", "qsvft:share_inputs=false", "qsvft:sides=both", "svft", "full"])
+HELD = ("qlora", "qsvft", BANDED, "qsvft:sides=one,pattern=banded", "qsvft:sides=both,pattern=banded", "svft", "full")
+
+
+@pytest.mark.parametrize("text", HELD)
 def test_held_bytes_are_what_the_shapes_say(text: str) -> None:
     """Predicted from the config alone, layer by layer."""
     config = model_config("tiny")
@@ -103,14 +113,17 @@ def test_held_bytes_are_what_the_shapes_say(text: str) -> None:
 
     expected = {
         "qlora": ("base weights", total(nf4)),
-        "qsvft": ("factors", shared_factors()),
-        "qsvft:share_inputs=false": ("factors", total(small_factor)),
-        "qsvft:sides=both": ("factors", total(both_factors)),
+        "qsvft": ("factors", total(both_factors)),
+        BANDED: ("factors", shared_factors()),
+        "qsvft:sides=one,pattern=banded": ("factors", total(small_factor)),
+        "qsvft:sides=both,pattern=banded": ("factors", total(both_factors)),
         "svft": ("factors", total(both_factors) + total(lambda m, n: rounded(2 * min(m, n)))),
         "full": ("trainable", sum(rounded(2 * p.numel()) for p in real_base().parameters())),
     }[text]
     assert categories[expected[0]] == expected[1]
     if text == "qsvft":
+        assert trainable == total(lambda m, n: min(m, n) ** 2)
+    elif text == BANDED:
         assert trainable == 7 * layers * (17 * hidden - 72)
     elif text.startswith("qsvft"):
         assert trainable == total(lambda m, n: 17 * min(m, n) - 72)
@@ -165,7 +178,7 @@ def test_what_a_forward_makes_and_drops_is_a_temporary() -> None:
     assert ledger.peaks()["forward"].categories["temporaries"] >= rounded(4 * x.numel() * 4)
 
 
-@pytest.mark.parametrize("text", ["qsvft", "qlora", "full"])
+@pytest.mark.parametrize("text", ["qsvft", BANDED, "qlora", "full"])
 def test_the_ledger_agrees_with_torchs_own_accounting(text: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """torch.profiler's memory events over the same step, which also see scratch inside kernels: within 3 %."""
     base = real_base(vocabulary=4096)

@@ -17,11 +17,13 @@ from small_models import randomize
 
 import qsvft
 
+SHARED = {"share_inputs": True, "pattern": "banded"}
 FORMS = {
-    "one-sided": {},
-    "two-sided": {"sides": "both", "factor_bits": 8},
-    "nf4": {"factor_bits": 4, "rank": 48},
-    "randomized": {"decomposition": "randomized", "rank": 32},
+    "default": {},
+    "one-sided": SHARED,
+    "two-sided": {"sides": "both", "pattern": "banded", "factor_bits": 8},
+    "nf4": {"factor_bits": 4, "rank": 48, **SHARED},
+    "randomized": {"decomposition": "randomized", "rank": 32, **SHARED},
     "int8": {"bits": 8},
     "residual": {"sides": "both", "residual": True, "factor_bits": 4, "rank": 64},
     "hadamard": {"basis": "hadamard"},

@@ -15,8 +15,9 @@ from qsvft.storage.residual import ResidualLinear, residual_linear
 from qsvft.storage.weights import dense_weight
 from qsvft.tuner import QSVFTLinear
 
-OPTIONS = {"sides": "both", "residual": True, "off_diagonals": 4}
-FORMS = [{**OPTIONS}, {**OPTIONS, "factor_bits": 8}, {**OPTIONS, "factor_bits": 4, "rank": 16}]
+OPTIONS = {"sides": "both", "residual": True, "pattern": "banded", "off_diagonals": 4}
+DENSE = {"residual": True, "factor_bits": 8}
+FORMS = [{**OPTIONS}, {**OPTIONS, "factor_bits": 8}, {**OPTIONS, "factor_bits": 4, "rank": 16}, DENSE]
 
 
 def linear(m: int = 96, n: int = 64, bias: bool = True) -> nn.Linear:

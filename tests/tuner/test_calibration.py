@@ -100,7 +100,7 @@ def test_calibrating_changes_nothing_of_the_model(llama):
 def test_an_adapter_on_them_trains_is_saved_with_them_and_loads_without_data(llama, tmp_path, bits):
     options = {**OPTIONS, "factor_bits": bits}
     model = qsvft.prepare(load(llama), 4, calibration=batches(), **options)
-    assert torch.equal(logits(model), logits(qsvft.prepare(load(llama), 4, rank=8, off_diagonals=2)))
+    assert torch.equal(logits(model), logits(qsvft.prepare(load(llama), 4, rank=8)))
     model(**batches(1)[0]).loss.backward()
     assert all(float(p.grad.abs().max()) > 0 for p in model.parameters() if p.requires_grad)
     randomize(model)
@@ -204,3 +204,51 @@ def test_a_loss_that_is_no_number_is_refused(llama):
     scale = iter((1.0, float("nan")))
     with pytest.raises(ValueError, match=r"the loss of batch 1 is .*nan"):
         qsvft.calibrate(model, QSVFTConfig(**OPTIONS), batches(2), lambda m, b: m(**b).loss * next(scale))
+
+
+def test_calibration_given_is_what_the_basis_comes_from(llama):
+    model = qsvft.prepare(load(llama), 4, rank=8, calibration=batches())
+    assert model.peft_config["default"].basis == "data" and model.peft_config["default"].include_factors
+    with pytest.raises(ValueError, match="found some with basis='singular'"):
+        qsvft.prepare(load(llama), 4, rank=8, basis="singular", calibration=batches())
+
+
+def test_the_first_batches_of_a_loader_are_enough(llama):
+    drawn = []
+
+    def loader():
+        for batch in iter(lambda: batches(1, 1, 4)[0], None):  # without end
+            drawn.append(batch)
+            yield batch
+
+    qsvft.prepare(load(llama), 4, rank=8, calibration=loader())
+    assert len(drawn) == 16
+
+
+def test_an_m_of_alpha_changes_the_outputs_by_as_much_as_they_are():
+    """alpha² = Σ |W x|² / (k Σ |Vᵀ x|²), of W x without the bias, on the very batches."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.GELU(), torch.nn.Linear(64, 40))
+    net[0].bias.data += 5.0
+    data = [torch.randn(20, 48) * torch.logspace(0, -2, 48) for _ in range(3)]
+    config = QSVFTConfig(target_modules=["0", "2"], rank=8, basis="data")
+    qsvft.calibrate(net, config, data, lambda model, x: model(x).square().mean())
+    inputs = {"0": torch.cat(data), "2": torch.nn.functional.gelu(net[0](torch.cat(data)))}
+    adapted = get_peft_model(net, config)
+    for name, layer in layers(adapted).items():
+        x, W = inputs[name].detach().double(), layer.original_weight().double()
+        V = layer.basis(layer.forms["default"].inward).dense(torch.float64)
+        expected = (x @ W.T).square().sum() / (8 * (x @ V.T).square().sum())
+        assert layer.units["default"] ** 2 == pytest.approx(float(expected), rel=0.02), name
+        signs = torch.randn(64, generator=torch.Generator().manual_seed(1)).sign()
+        layer.qsvft_M["default"].data = signs
+        change = x @ layer.get_delta_weight("default").double().T
+        assert 0.5 < float(change.norm() / (x @ W.T).norm()) < 2, name
+
+
+@pytest.mark.parametrize("prepared_for", ["singular", "data"])
+def test_a_prepared_directory_takes_directions_from_data(llama, tmp_path, prepared_for):
+    qsvft.prepare_checkpoint(llama, tmp_path / "prepared", rank=8, basis=prepared_for, progress=False)
+    model = qsvft.from_pretrained(tmp_path / "prepared", calibration=batches(), device_map="cpu", progress=False)
+    assert model.peft_config["default"].basis == "data"
+    assert all("_data_8" in key for layer in layers(model).values() for key in layer.qsvft_bases)

@@ -48,7 +48,6 @@ REFUSED = [
     ("decomposition", True, "one of 'auto', 'exact', 'randomized', 'float32'"),
     ("residual", 1, "True or False"),
     ("include_factors", "yes", "True or False"),
-    ("residual", True, "sides='both' with residual=True (it adds U S V^T back); sides is 'one'"),
 ]
 
 
@@ -70,6 +69,37 @@ def test_what_needs_the_one_sided_form_is_refused_with_both_sides(option):
     (name,) = option
     with pytest.raises(ValueError, match=rf"QSVFTConfig\.{name}: expected sides='one' with {name}=.*; sides is 'both'"):
         QSVFTConfig(sides="both", **option)
+
+
+@pytest.mark.parametrize("one_sided", [{"sides": "one"}, {"share_inputs": True}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value", "why"), [("residual", True, " (it adds U S V^T back)"), ("basis", "data", "")]
+)
+def test_what_needs_both_sides_is_refused_with_one(name, value, why, one_sided):
+    message = f"QSVFTConfig.{name}: expected sides='both' with {name}={value!r}{why}; sides is 'one', got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        QSVFTConfig(**{name: value}, **one_sided)
+
+
+NOT_GIVEN = [
+    ({}, ("dense", "both", 128, False)),
+    ({"rank": 12}, ("dense", "both", 12, False)),
+    ({"pattern": "banded"}, ("banded", "both", None, False)),
+    ({"pattern": "plain", "sides": "one"}, ("plain", "one", None, False)),
+    ({"share_inputs": True}, ("dense", "one", 128, True)),
+    ({"share_inputs": [["q_proj", "k_proj"]]}, ("dense", "one", 128, [["q_proj", "k_proj"]])),
+    ({"share_inputs": False}, ("dense", "both", 128, False)),
+    ({"basis": "hadamard"}, ("dense", "one", 128, False)),
+    ({"basis": "data"}, ("dense", "both", 128, False)),
+    ({"residual": True}, ("dense", "both", 128, False)),
+    ({"base": {"weights": []}}, ("dense", "both", None, False)),  # saved with a dense M of all directions
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), NOT_GIVEN, ids=[str(given) for given, _ in NOT_GIVEN])
+def test_what_is_not_given_follows_from_what_is(given, expected):
+    config = QSVFTConfig(**given)
+    assert (config.pattern, config.sides, config.rank, config.share_inputs) == expected
 
 
 FULL = {

@@ -19,6 +19,9 @@ from qsvft.tuner.form import form_of
 
 RANDOMIZED, FLOAT32 = Decomposer(randomized=True), Decomposer(dtype=torch.float32)
 BOTH = Decomposer(randomized=True, dtype=torch.float32)
+BANDED = {"pattern": "banded", "off_diagonals": 4}
+ONE_SIDED = {**BANDED, "sides": "one"}
+SHARED = {**BANDED, "share_inputs": True}
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def narrow(monkeypatch):
 
 def adapted(size: int, **options) -> QSVFTLinear:
     torch.manual_seed(0)
-    return QSVFTLinear(nn.Linear(size, size), "default", QSVFTConfig(**{"off_diagonals": 4, **options}), "layer")
+    return QSVFTLinear(nn.Linear(size, size), "default", QSVFTConfig(**{**ONE_SIDED, **options}), "layer")
 
 
 def held(layer: QSVFTLinear, key: str) -> torch.Tensor:
@@ -59,14 +62,15 @@ def test_a_key_says_how_the_vectors_were_computed(decomposition, rank, part, met
     def form(shape, group=(), **options):
         return form_of(QSVFTConfig(decomposition=decomposition, **options), shape, rank, *group)
 
-    alone, wide = form((2048, 1024)), form((1024, 2048), factor_bits=4)
-    shared = form((512, 1024), ("q_proj_k_proj", 1024), factor_bits=8)
-    residual = form((1024, 1024), sides="both", residual=True)
+    alone, wide = form((2048, 1024), sides="one"), form((1024, 2048), sides="one", factor_bits=4)
+    shared = form((512, 1024), ("q_proj_k_proj", 1024), share_inputs=True, factor_bits=8)
+    both, residual = form((2048, 1024)), form((1024, 1024), residual=True)
     assert alone.keys == (f"V_bf16{part}",)
     assert wide.keys == (f"U_nf4{part}",)
     assert shared.keys == (f"V_int8{part}_of_q_proj_k_proj",)
+    assert both.keys == (f"V_bf16{part}", f"U_bf16{part}")
     assert residual.keys == (f"V_bf16{part}_original", f"U_bf16{part}_original")
-    assert {f.method for f in (alone, wide, shared, residual)} == {method}
+    assert {f.method for f in (alone, wide, shared, both, residual)} == {method}
 
 
 @pytest.mark.parametrize("decomposition", ["exact", "randomized", "float32"])
@@ -81,11 +85,19 @@ def test_a_large_weight_with_a_small_rank_gets_randomized_directions_by_itself()
     assert torch.equal(held(layer, "V_bf16_randomized_16"), expected(layer, 16, RANDOMIZED))
 
 
+def test_the_default_rank_of_a_dense_M_is_small_enough_for_randomized_directions():
+    layer = QSVFTLinear(nn.Linear(1024, 1024), "default", QSVFTConfig(), "layer")
+    assert list(layer.qsvft_bases) == ["V_bf16_randomized_128", "U_bf16_randomized_128"]
+    parts = decompose(layer.original_weight(), 128, "both", RANDOMIZED)
+    for side, rows in (("V", parts.V), ("U", parts.U)):
+        assert torch.equal(held(layer, f"{side}_bf16_randomized_128"), rows.bfloat16())
+
+
 @pytest.mark.parametrize("sides", ["one", "both"])
 def test_each_decomposition_is_computed_as_asked_and_all_stand_side_by_side(narrow, sides):
     layer = adapted(64, rank=12, decomposition="exact", sides=sides)
     for name in ("randomized", "float32"):
-        layer.update_layer(name, QSVFTConfig(rank=12, off_diagonals=4, decomposition=name, sides=sides))
+        layer.update_layer(name, QSVFTConfig(**{**BANDED, "sides": sides}, rank=12, decomposition=name))
     for key, method in (("bf16", EXACT), ("bf16_randomized_12", RANDOMIZED), ("bf16_float32", FLOAT32)):
         parts = decompose(layer.original_weight(), 12, sides, method)
         assert torch.equal(held(layer, f"V_{key}"), parts.V.bfloat16())
@@ -97,14 +109,14 @@ def test_each_decomposition_is_computed_as_asked_and_all_stand_side_by_side(narr
 def test_a_larger_rank_never_extends_randomized_directions(narrow):
     layer = adapted(64, rank=12, decomposition="randomized")
     before = held(layer, "V_bf16_randomized_12").clone()
-    layer.update_layer("larger", QSVFTConfig(rank=20, off_diagonals=4, decomposition="randomized"))
+    layer.update_layer("larger", QSVFTConfig(**ONE_SIDED, rank=20, decomposition="randomized"))
     assert torch.equal(held(layer, "V_bf16_randomized_12"), before)
     assert torch.equal(held(layer, "V_bf16_randomized_20"), expected(layer, 20, RANDOMIZED))
     assert not torch.equal(held(layer, "V_bf16_randomized_20")[:12], before)
 
 
 def test_layers_that_share_an_input_hold_the_randomized_directions_of_their_stacked_weight(narrow, llama):
-    model = qsvft.prepare(load(llama), bits=4, off_diagonals=4, rank=12, decomposition="randomized")
+    model = qsvft.prepare(load(llama), bits=4, **SHARED, rank=12, decomposition="randomized")
     q, k, v = (model.get_submodule(f"base_model.model.model.layers.0.self_attn.{name}_proj") for name in "qkv")
     (key,) = q.qsvft_bases
     assert key == "V_bf16_randomized_12_of_q_proj_k_proj_v_proj"
@@ -113,10 +125,14 @@ def test_layers_that_share_an_input_hold_the_randomized_directions_of_their_stac
     assert torch.equal(held(q, key), shared_directions(lambda: weights, 12, RANDOMIZED)[1].bfloat16())
 
 
-@pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"factor_bits": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [SHARED, {**BANDED, "sides": "both"}, {**SHARED, "factor_bits": 4}, {}],
+    ids=["shared", "two-sided", "shared in NF4", "default"],
+)
 @pytest.mark.parametrize("decomposition", ["exact", "randomized", "float32"])
 def test_an_adapter_comes_back_on_the_bases_it_was_trained_on(narrow, llama, tmp_path, decomposition, options):
-    options = {"off_diagonals": 4, "rank": 12, "decomposition": decomposition, **options}
+    options = {"rank": 12, "decomposition": decomposition, **options}
     model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4, **options), scale=0.3)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(qsvft.quantize(load(llama, torch.float32), 4), tmp_path)
@@ -130,7 +146,7 @@ def test_an_adapter_saved_before_there_was_a_choice_is_loaded_on_the_singular_ve
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(1024, 1024, bias=False))
 
-    options = {"target_modules": ["0"], "rank": 16, "off_diagonals": 4}
+    options = {"target_modules": ["0"], "rank": 16, **ONE_SIDED}
     model = randomize(qsvft.prepare(base(), bits=16, decomposition="exact", **options))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -144,7 +160,7 @@ def test_an_adapter_saved_before_there_was_a_choice_is_loaded_on_the_singular_ve
 
 
 def test_a_residual_base_is_not_taken_for_one_of_another_decomposition(narrow):
-    options = {"sides": "both", "residual": True, "rank": 12, "off_diagonals": 4}
+    options = {**BANDED, "sides": "both", "residual": True, "rank": 12}
     layer = adapted(64, decomposition="randomized", **options)
     layer.update_layer("same", QSVFTConfig(decomposition="randomized", **options))
     assert torch.equal(held(layer, "V_bf16_randomized_12_original"), layer.base_layer.basis("V").dense(torch.bfloat16))

@@ -22,7 +22,10 @@ WAYS = [
     for bits, sides, rank in itertools.product((16, 8, 4), ("one", "both"), (None, 24))
 ] + [{"basis": "hadamard"}, {"basis": "hadamard", "rank": 24, "seed": 5}]
 LEAN = [way for way in WAYS if way != {"factor_bits": 16, "sides": "one", "rank": None}]
-EACH_WAY = pytest.mark.parametrize("way", WAYS, ids=str)
+BANDED = {"pattern": "banded", "off_diagonals": 4}
+DENSE = [{**way, "pattern": "dense"} for way in WAYS if way.get("rank") is not None]
+DEFAULT = {"sides": "both", "pattern": "dense", "rank": None}
+EACH_WAY = pytest.mark.parametrize("way", [*WAYS, *DENSE, DEFAULT], ids=str)
 EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -30,7 +33,7 @@ def adapted(shape: str, dtype=torch.float32, bias: bool = True, **options) -> QS
     torch.manual_seed(0)
     m, n = SHAPES[shape]
     base = nn.Linear(n, m, bias=bias).to(dtype)
-    layer = QSVFTLinear(base, "default", QSVFTConfig(**{"off_diagonals": 4, **options}), "block.layer")
+    layer = QSVFTLinear(base, "default", QSVFTConfig(**{**BANDED, **options}), "block.layer")
     with torch.no_grad():
         M = layer.qsvft_M["default"]
         M.copy_(torch.randn(M.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
@@ -105,9 +108,9 @@ def test_with_M_at_zero_it_is_the_base_bit_for_bit(shape, way):
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
-@EACH_WAY
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @EACH_SHAPE
-@pytest.mark.parametrize("pattern", ["banded", "plain", "random"])
+@pytest.mark.parametrize("pattern", ["banded", "plain", "random", "dense"])
 def test_for_the_backward_it_keeps_h_in_the_compute_dtype_and_nothing_else(shape, way, pattern):
     """Of everything that lives between forward and backward and is not held anyway: (tokens, k) once."""
     layer = adapted(shape, torch.bfloat16, bias=False, pattern=pattern, **way)
@@ -128,20 +131,28 @@ def test_for_the_backward_it_keeps_h_in_the_compute_dtype_and_nothing_else(shape
     assert layer.qsvft_M["default"].grad.any()
 
 
-def test_changing_M_between_forward_and_backward_is_refused():
-    layer = adapted("tall")
+OURS = "M was changed in place between the forward and the backward"
+TORCHS = "modified by an inplace operation"  # of a tensor that is saved as it is
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sides", "message"),
+    [("banded", "one", OURS), ("banded", "both", OURS), ("dense", "one", OURS), ("dense", "both", TORCHS)],
+)
+def test_changing_M_between_forward_and_backward_is_refused(pattern, sides, message):
+    layer = adapted("tall", pattern=pattern, sides=sides)
     y = layer(torch.randn(3, 64).requires_grad_())
     with torch.no_grad():
         layer.qsvft_M["default"].add_(1)
-    with pytest.raises(RuntimeError, match="M was changed in place between the forward and the backward"):
+    with pytest.raises(RuntimeError, match=message):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("other", LEAN, ids=str)
+@pytest.mark.parametrize("other", [*LEAN, *DENSE, DEFAULT], ids=str)
 @EACH_SHAPE
 def test_adapters_held_in_different_ways_add_up(shape, other):
-    layer = adapted(shape)
-    layer.update_layer("other", QSVFTConfig(**{"off_diagonals": 2, **other}))
+    layer = adapted(shape, sides="one")
+    layer.update_layer("other", QSVFTConfig(**{**BANDED, "off_diagonals": 2, **other}))
     with torch.no_grad():
         layer.qsvft_M["other"].normal_(0, 0.2)
     layer.set_adapter(["default", "other"])
@@ -153,41 +164,53 @@ def test_adapters_held_in_different_ways_add_up(shape, other):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("sides", ["one", "both"])
-def test_a_larger_rank_adds_directions_and_leaves_the_first_adapters_map(bits, sides):
-    layer = adapted("tall", rank=10, factor_bits=bits, sides=sides)
+@pytest.mark.parametrize("pattern", ["banded", "dense"])
+def test_a_larger_rank_adds_directions_and_leaves_the_first_adapters_map(bits, sides, pattern):
+    layer = adapted("tall", rank=10, factor_bits=bits, sides=sides, pattern=pattern)
     x = torch.randn(5, 64)
     before = layer(x)
-    layer.update_layer("larger", QSVFTConfig(rank=40, factor_bits=bits, sides=sides, off_diagonals=2))
+    layer.update_layer("larger", QSVFTConfig(rank=40, factor_bits=bits, sides=sides, pattern=pattern))
     assert {basis.rank for basis in layer.qsvft_bases.values()} == {40}
     assert torch.equal(layer(x), before)
     assert torch.equal(layer(x), before)
 
 
 def test_adapters_that_agree_hold_one_basis_and_others_their_own():
-    layer = adapted("tall")
-    for name, options in (("same", {}), ("both", {"sides": "both"}), ("nf4", {"factor_bits": 4})):
-        layer.update_layer(name, QSVFTConfig(off_diagonals=2, **options))
+    layer = adapted("tall", sides="one")
+    for name, options in (
+        ("same", {"sides": "one"}),
+        ("both", {"pattern": "banded"}),
+        ("dense", {}),
+        ("nf4", {"sides": "one", "factor_bits": 4}),
+    ):
+        layer.update_layer(name, QSVFTConfig(**options))
     assert set(layer.qsvft_bases) == {"V_bf16", "U_bf16", "V_nf4"}
 
 
-@pytest.mark.parametrize("way", [{"factor_bits": 4}, {"basis": "hadamard"}], ids=str)
+@pytest.mark.parametrize("way", [{"factor_bits": 4, "share_inputs": True}, {"basis": "hadamard"}, {}], ids=str)
 def test_a_deleted_adapter_leaves_nothing_keyed_by_its_name(llama, way):
     model = qsvft.prepare(load(llama), bits=4, **way)
     expected = logits(model)
     model.add_adapter("other", QSVFTConfig(task_type="CAUSAL_LM", **way))
     model.delete_adapter("other")
     layer = next(m for m in model.modules() if isinstance(m, QSVFTLinear))
-    for kept in (layer.qsvft_M, layer.qsvft_scale, layer.qsvft_pattern, layer.settings, layer.forms):
+    assert list(layer.qsvft_scale) == ([] if way == {} else ["default"])
+    for kept in (layer.qsvft_M, layer.qsvft_pattern, layer.settings, layer.forms):
         assert list(kept) == ["default"]
     assert torch.equal(logits(model), expected)
 
 
-SAVED = [*LEAN, {"factor_bits": 4, "pattern": "top_k", "rank": 30}, {"basis": "hadamard", "pattern": "random"}]
+def on_llama(way: dict) -> dict:
+    """Banded where nothing else is asked for; the one-sided forms with one V for layers that read the same input."""
+    return {**BANDED, "share_inputs": way.get("sides") != "both", **way}
+
+
+SAVED = [*LEAN, {"factor_bits": 4, "pattern": "top_k", "rank": 30}, {"basis": "hadamard", "pattern": "random"}, DEFAULT]
 
 
 @pytest.mark.parametrize("way", SAVED, ids=str)
 def test_a_saved_adapter_reloads_bitwise_the_same(llama, tmp_path, way):
-    model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=4, **way))
+    model = randomize(qsvft.prepare(load(llama), bits=4, **on_llama(way)))
     expected = logits(model)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path)
@@ -198,7 +221,7 @@ def test_a_saved_adapter_reloads_bitwise_the_same(llama, tmp_path, way):
 @pytest.mark.parametrize("way", [{"factor_bits": 16}, {"factor_bits": 4}], ids=str)
 @pytest.mark.parametrize("change", [{"factor_bits": 8}, {"share_inputs": False}, {"basis": "hadamard"}], ids=str)
 def test_an_adapter_read_with_another_basis_is_refused(llama, tmp_path, way, change):
-    model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=4, rank=32, **way))
+    model = randomize(qsvft.prepare(load(llama), bits=4, rank=32, **on_llama(way)))
     model.save_pretrained(tmp_path)
     config = QSVFTConfig.from_pretrained(str(tmp_path))
     for name, value in change.items():
@@ -210,7 +233,7 @@ def test_an_adapter_read_with_another_basis_is_refused(llama, tmp_path, way, cha
 @pytest.mark.parametrize("share", [False, True])
 def test_an_adapter_on_the_hadamard_basis_goes_to_another_base_of_the_same_shapes(llama, tmp_path, share):
     """Trained on NF4, run on bf16: the update is W V N Vᵀ with the same N and V, and W as it is held there."""
-    options = {"basis": "hadamard", "share_inputs": share, "off_diagonals": 4}
+    options = {**BANDED, "basis": "hadamard", "share_inputs": share}
     model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4, **options))
     model.save_pretrained(tmp_path)
     dense = PeftModel.from_pretrained(load(llama, torch.float32), tmp_path)
@@ -252,17 +275,18 @@ def test_keys_name_the_side_the_holding_and_the_group():
     def keys(shape, group=None, **options):
         return form_of(QSVFTConfig(**options), shape, 8, group).keys
 
-    assert keys((9, 9)) == ("V_bf16",) and keys((8, 9)) == ("U_bf16",)
+    assert keys((9, 9)) == keys((8, 9)) == ("V_bf16", "U_bf16")
+    assert keys((9, 9), sides="one") == ("V_bf16",) and keys((8, 9), sides="one") == ("U_bf16",)
     assert keys((8, 9), sides="both", factor_bits=4) == ("V_nf4", "U_nf4")
     assert keys((8, 9), sides="both", factor_bits=8, residual=True) == ("V_int8_original", "U_int8_original")
     assert keys((8, 9), "q_k", share_inputs=True) == ("V_bf16_of_q_k",)
     assert keys((8, 9), basis="hadamard", seed=3) == ("U_hadamard_3_8",)
 
 
-@pytest.mark.parametrize("way", [*LEAN, {"sides": "both", "residual": True}], ids=str)
+@pytest.mark.parametrize("way", [*LEAN, {"sides": "both", "residual": True}, DEFAULT], ids=str)
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_few_steps_lower_the_loss(llama, way, checkpointing):
-    model = qsvft.prepare(load(llama), bits=4, off_diagonals=4, gradient_checkpointing=checkpointing, **way).train()
+    model = qsvft.prepare(load(llama), bits=4, gradient_checkpointing=checkpointing, **on_llama(way)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(6):

@@ -18,12 +18,14 @@ from qsvft.tuner import QSVFTLinear
 from qsvft.tuner.groups import input_groups
 from qsvft.tuner.targets import shape_of
 
+BANDED = {"pattern": "banded", "off_diagonals": 4}
 OPTIONS = [
     {"share_inputs": True},
     {"share_inputs": True, "factor_bits": 8},
     {"share_inputs": True, "factor_bits": 4, "rank": 40},
     {"share_inputs": True, "basis": "hadamard"},
     {"share_inputs": [["q_proj", "k_proj"]], "pattern": "random"},
+    {"share_inputs": True, "pattern": "dense"},
 ]
 
 
@@ -38,7 +40,7 @@ def grouped(model: nn.Module, share=True) -> list[tuple[str, ...]]:
 
 
 def with_M(llama, **options) -> PeftModel:
-    return randomize(qsvft.prepare(load(llama, torch.float32), bits=4, off_diagonals=4, **options), scale=0.3)
+    return randomize(qsvft.prepare(load(llama, torch.float32), bits=4, **{**BANDED, **options}), scale=0.3)
 
 
 def test_llama_shares_q_k_v_and_gate_up(llama):
@@ -88,7 +90,7 @@ def test_a_group_holds_one_basis_and_each_layer_its_own_scale_and_M(llama, optio
 
 
 def test_llama_has_four_factors_a_layer_in_place_of_seven(llama):
-    shared, alone = with_M(llama), with_M(llama, share_inputs=False)
+    shared, alone = with_M(llama, share_inputs=True), with_M(llama, sides="one")
     assert len({id(m) for m in alone.modules() if isinstance(m, StoredBasis)}) == 14
     assert len({id(m) for m in shared.modules() if isinstance(m, StoredBasis)}) == 8
 
@@ -96,9 +98,17 @@ def test_llama_has_four_factors_a_layer_in_place_of_seven(llama):
 def test_the_bytes_of_a_shared_factor_count_once(tmp_path):
     """q, k, v, gate, up are 64 wide: of seven 64 x 64 factors four are left, and k, v have no 32 x 32 of their own."""
     folder = save_llama(tmp_path, num_key_value_heads=4)
-    shared, alone = (qsvft.held_bytes(with_M(folder, share_inputs=share))["factors"] for share in (True, False))
+    shared, alone = (
+        qsvft.held_bytes(with_M(folder, sides="one", share_inputs=share))["factors"] for share in (True, False)
+    )
     layer = 2 * 64 * 64
     assert alone - shared == 2 * 3 * layer
+
+
+def test_by_default_nothing_is_shared_and_each_layer_holds_both_factors(llama):
+    model = qsvft.prepare(load(llama), bits=4)
+    assert {tuple(layer.qsvft_bases) for layer in layers(model).values()} == {("V_bf16", "U_bf16")}
+    assert len({id(m) for m in model.modules() if isinstance(m, StoredBasis)}) == 28
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -158,7 +168,7 @@ def test_adapter_merged_and_reloaded_models_agree(llama, tmp_path, options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_with_M_at_zero_it_is_the_base_bit_for_bit(llama, options):
     base = logits(qsvft.quantize(load(llama), 4))
-    model = qsvft.prepare(load(llama), bits=4, off_diagonals=4, **options)
+    model = qsvft.prepare(load(llama), bits=4, **{**BANDED, **options})
     assert torch.equal(logits(model), base)
     randomize(model)
     assert not torch.equal(logits(model), base)
@@ -169,24 +179,25 @@ def test_with_M_at_zero_it_is_the_base_bit_for_bit(llama, options):
 def test_a_second_adapter_of_a_larger_rank_extends_the_shared_basis_for_all(llama):
     model = with_M(llama, share_inputs=True, rank=20)
     before = logits(model)
-    model.add_adapter("larger", QSVFTConfig(share_inputs=True, rank=48, off_diagonals=4, task_type="CAUSAL_LM"))
+    model.add_adapter("larger", QSVFTConfig(**BANDED, share_inputs=True, rank=48, task_type="CAUSAL_LM"))
     q, v = (layers(model)[f"base_model.model.model.layers.0.self_attn.{n}_proj"] for n in "qv")
     key = "V_bf16_of_q_proj_k_proj_v_proj"
     assert q.basis(key) is v.basis(key) and q.basis(key).rank == 48
     assert torch.equal(logits(model), before)
 
 
-def test_sharing_and_not_sharing_adapters_stand_side_by_side(llama):
+@pytest.mark.parametrize("alone", [{**BANDED, "sides": "one"}, {}], ids=["one-sided", "default"])
+def test_sharing_and_not_sharing_adapters_stand_side_by_side(llama, alone):
     model = with_M(llama, share_inputs=True)
     expected = logits(model)
-    model.add_adapter("alone", QSVFTConfig(off_diagonals=4, share_inputs=False, task_type="CAUSAL_LM"))
+    model.add_adapter("alone", QSVFTConfig(**alone, task_type="CAUSAL_LM"))
     assert torch.equal(logits(model), expected)
     model.set_adapter("alone")
     randomize(model, "alone")
-    alone = logits(model)
+    by_itself = logits(model)
     model.base_model.set_adapter(["default", "alone"])
     both = logits(model)
-    assert not torch.equal(both, alone) and not torch.equal(both, expected)
+    assert not torch.equal(both, by_itself) and not torch.equal(both, expected)
     torch.testing.assert_close(
         logits(model.merge_and_unload(adapter_names=["default", "alone"])), both, rtol=1e-2, atol=1e-2
     )
@@ -207,6 +218,6 @@ def test_a_copied_model_shares_among_its_own_layers(llama):
 
 
 def test_a_rank_beyond_the_stacked_weight_is_refused_by_name(llama):
-    message = r"k_proj: rank=80 in rank_pattern is over the limit; its weight is 32 x 64 \(the stacked weight of .*v_proj has 64"
+    message = r"k_proj: rank=80 in rank_pattern is over the limit; its weight is 32 x 64 \(the stacked weight .*has 64"
     with pytest.raises(ValueError, match=message):
         qsvft.prepare(load(llama), bits=4, share_inputs=True, rank_pattern={"k_proj": 80})

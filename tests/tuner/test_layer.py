@@ -14,7 +14,9 @@ from qsvft.maths.patterns import PATTERNS
 from qsvft.tuner import QSVFTLinear
 
 SHAPES = {"tall": (96, 64), "wide": (64, 96), "square": (64, 64), "odd": (37, 50)}
-FORMS = ("one", "both")
+ONE_SIDED = {"sides": "one", "pattern": "banded", "off_diagonals": 4}
+FORMS = {"one": {}, "both": {"sides": "both"}, "default": {"sides": "both", "pattern": "dense"}}
+EACH_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 def linear(shape, bias=True, dtype=torch.float32):
@@ -23,7 +25,7 @@ def linear(shape, bias=True, dtype=torch.float32):
 
 
 def adapted(base, name="default", scale=0.3, **options):
-    layer = QSVFTLinear(base, name, QSVFTConfig(**{"off_diagonals": 4, **options}), "block.layer")
+    layer = QSVFTLinear(base, name, QSVFTConfig(**{**ONE_SIDED, **options}), "block.layer")
     fill(layer, name, scale)
     return layer
 
@@ -109,7 +111,7 @@ def assert_matches_reference(layer, base, tolerance, bias=None, dtype=torch.floa
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("sides", FORMS)
+@pytest.mark.parametrize("sides", ["one", "both"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_gradients_match_the_dense_reference(shape, sides, pattern):
     base = linear(SHAPES[shape])
@@ -117,41 +119,41 @@ def test_outputs_and_gradients_match_the_dense_reference(shape, sides, pattern):
     assert_matches_reference(layer, base, 1e-5, base.bias)
 
 
-@pytest.mark.parametrize("sides", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_truncated_rank_matches_the_dense_reference(shape, sides):
+def test_a_truncated_rank_matches_the_dense_reference(shape, form):
     base = linear(SHAPES[shape], bias=False)
-    layer = adapted(base, sides=sides, rank=16)
+    layer = adapted(base, **form, rank=16)
     assert layer.pattern("default").rank == 16
     assert_matches_reference(layer, base, 1e-5)
 
 
-@pytest.mark.parametrize("sides", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_within_its_rounding_of_the_reference(shape, sides, dtype):
+def test_half_precision_stays_within_its_rounding_of_the_reference(shape, form, dtype):
     base = linear(SHAPES[shape], dtype=dtype)
-    layer = adapted(base, sides=sides)
+    layer = adapted(base, **form)
     assert_matches_reference(layer, base, 4 * torch.finfo(dtype).eps, base.bias, dtype)
 
 
-@pytest.mark.parametrize("sides", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("shape", ["tall", "wide"])
-def test_a_4_bit_base_matches_the_reference_on_its_dequantised_weight(shape, sides):
+def test_a_4_bit_base_matches_the_reference_on_its_dequantised_weight(shape, form):
     m, n = SHAPES[shape]
     base = bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     base.support_avx512bf16_for_cpu = False
-    layer = adapted(base, sides=sides)
+    layer = adapted(base, **form)
     assert_matches_reference(layer, base, 1e-5, base.bias)
 
 
-@pytest.mark.parametrize("sides", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("shape", ["tall", "wide"])
-def test_a_conv1d_base_matches_the_reference(shape, sides):
+def test_a_conv1d_base_matches_the_reference(shape, form):
     m, n = SHAPES[shape]
     base = Conv1D(m, n)
     nn.init.normal_(base.bias)
-    layer = adapted(base, sides=sides)
+    layer = adapted(base, **form)
     assert (layer.out_features, layer.in_features) == (m, n)
     assert_matches_reference(layer, base, 1e-5, base.bias)
 
@@ -181,10 +183,11 @@ def test_two_active_adapters_add_up_whatever_their_rank_pattern_and_form(shape):
     layer = adapted(base, "a", rank=24, pattern="banded", sides="one")
     layer.update_layer("b", QSVFTConfig(rank=40, pattern="random", off_diagonals=2, sides="both"))
     layer.update_layer("c", QSVFTConfig(pattern="plain", sides="one", tail_damping=0.0))
-    for seed, name in enumerate("abc"):
+    layer.update_layer("d", QSVFTConfig())
+    for seed, name in enumerate("abcd"):
         fill(layer, name, seed=seed)
-    layer.set_adapter(["a", "b", "c"])
-    assert_matches_reference(layer, base, 1e-5, base.bias, names=("a", "b", "c"))
+    layer.set_adapter(["a", "b", "c", "d"])
+    assert_matches_reference(layer, base, 1e-5, base.bias, names=("a", "b", "c", "d"))
 
 
 def test_adding_an_adapter_leaves_the_first_ones_map_bit_for_bit():
@@ -196,22 +199,24 @@ def test_adding_an_adapter_leaves_the_first_ones_map_bit_for_bit():
     assert torch.equal(layer(x), before)
 
 
+@EACH_FORM
 @pytest.mark.parametrize("shape", ["tall", "wide"])
-def test_an_inactive_adapter_adds_nothing(shape):
-    layer = adapted(linear(SHAPES[shape]), "a")
+def test_an_inactive_adapter_adds_nothing(shape, form):
+    layer = adapted(linear(SHAPES[shape]), "a", **form)
     x = torch.randn(4, layer.in_features)
     alone = layer(x)
-    layer.update_layer("b", QSVFTConfig(off_diagonals=2))
-    fill(layer, "b")
+    layer.update_layer("b", QSVFTConfig(**{**ONE_SIDED, **form, "off_diagonals": 2}))
+    fill(layer, "b", seed=4)
     layer.set_adapter("a")
     assert torch.equal(layer(x), alone)
     layer.set_adapter("b")
     assert not torch.allclose(layer(x), alone)
 
 
-def test_disabled_adapters_leave_the_base_bit_for_bit():
+@EACH_FORM
+def test_disabled_adapters_leave_the_base_bit_for_bit(form):
     base = linear(SHAPES["tall"])
-    layer = adapted(base)
+    layer = adapted(base, **form)
     x = torch.randn(4, layer.in_features)
     assert not torch.equal(layer(x), base(x))
     layer.enable_adapters(False)
@@ -221,20 +226,20 @@ def test_disabled_adapters_leave_the_base_bit_for_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sides", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("shape", SHAPES)
-def test_with_M_zero_the_base_comes_out_bit_for_bit(shape, sides, dtype):
+def test_with_M_zero_the_base_comes_out_bit_for_bit(shape, form, dtype):
     base = linear(SHAPES[shape], dtype=dtype)
-    layer = adapted(base, scale=0.0, sides=sides)
+    layer = adapted(base, scale=0.0, **form)
     x = torch.randn(3, 5, layer.in_features, dtype=dtype)
     assert torch.equal(layer(x), base(x))
 
 
-@pytest.mark.parametrize("sides", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("shape", ["tall", "wide"])
-def test_with_M_zero_under_autocast_the_base_comes_out_bit_for_bit(shape, sides):
+def test_with_M_zero_under_autocast_the_base_comes_out_bit_for_bit(shape, form):
     base = linear(SHAPES[shape])
-    layer = adapted(base, scale=0.0, sides=sides)
+    layer = adapted(base, scale=0.0, **form)
     x = torch.randn(3, 5, layer.in_features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, expected = layer(x), base(x)
@@ -242,11 +247,11 @@ def test_with_M_zero_under_autocast_the_base_comes_out_bit_for_bit(shape, sides)
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("sides", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("shape", ["tall", "wide"])
-def test_autocast_gives_the_adapted_map_and_fp32_gradients_of_M(shape, sides):
+def test_autocast_gives_the_adapted_map_and_fp32_gradients_of_M(shape, form):
     base = linear(SHAPES[shape])
-    layer = adapted(base, sides=sides)
+    layer = adapted(base, **form)
     x = torch.randn(7, layer.in_features, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
@@ -257,8 +262,9 @@ def test_autocast_gives_the_adapted_map_and_fp32_gradients_of_M(shape, sides):
     assert error(found[1], wanted[1].double()) < 2e-2
 
 
-def test_an_empty_batch_has_an_empty_output_and_a_zero_gradient():
-    layer = adapted(linear(SHAPES["tall"]))
+@EACH_FORM
+def test_an_empty_batch_has_an_empty_output_and_a_zero_gradient(form):
+    layer = adapted(linear(SHAPES["tall"]), **form)
     y = layer(torch.randn(0, layer.in_features))
     y.sum().backward()
     assert y.shape == (0, layer.out_features)
@@ -266,7 +272,7 @@ def test_an_empty_batch_has_an_empty_output_and_a_zero_gradient():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("sides", FORMS)
+@pytest.mark.parametrize("sides", ["one", "both"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_delta_weight_is_the_dense_reference(shape, sides, pattern):
     base = linear(SHAPES[shape])
@@ -277,15 +283,15 @@ def test_the_delta_weight_is_the_dense_reference(shape, sides, pattern):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
-@pytest.mark.parametrize("sides", FORMS)
-def test_merging_gives_the_adapters_outputs_and_unmerging_the_base_bit_for_bit(kind, sides):
+@EACH_FORM
+def test_merging_gives_the_adapters_outputs_and_unmerging_the_base_bit_for_bit(kind, form):
     m, n = SHAPES["tall"]
     if kind == "nf4":
         base = bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
         base.support_avx512bf16_for_cpu = False
     else:
         base = Conv1D(m, n) if kind == "conv1d" else linear((m, n))
-    layer = adapted(base, sides=sides)
+    layer = adapted(base, **form)
     weight = base.weight.detach().clone()
     x = torch.randn(4, n)
     before = layer(x)
@@ -318,9 +324,10 @@ def test_two_adapters_merge_together_as_one_after_the_other():
     assert layer.base_layer is base
 
 
-def test_a_forward_with_adapters_disabled_unmerges_first():
+@EACH_FORM
+def test_a_forward_with_adapters_disabled_unmerges_first(form):
     base = linear(SHAPES["tall"])
-    layer = adapted(base)
+    layer = adapted(base, **form)
     x = torch.randn(4, layer.in_features)
     layer.merge()
     layer.enable_adapters(False)
@@ -328,9 +335,10 @@ def test_a_forward_with_adapters_disabled_unmerges_first():
     assert layer.base_layer is base
 
 
-def test_safe_merge_refuses_values_that_are_not_finite_and_changes_nothing():
+@EACH_FORM
+def test_safe_merge_refuses_values_that_are_not_finite_and_changes_nothing(form):
     base = linear(SHAPES["tall"])
-    layer = adapted(base)
+    layer = adapted(base, **form)
     with torch.no_grad():
         layer.qsvft_M["default"][0] = float("inf")
     with pytest.raises(ValueError, match=r"block\.layer: merging \['default'\] gives NaN or Inf"):
@@ -351,7 +359,7 @@ def test_merging_twice_warns_and_adds_nothing():
 def test_casting_the_model_keeps_M_in_fp32_and_the_factors_in_bf16(dtype):
     layer = adapted(linear(SHAPES["tall"]), sides="both")
     M = layer.qsvft_M["default"].detach().clone()
-    layer.update_layer("other", QSVFTConfig(off_diagonals=2, rank=4))
+    layer.update_layer("other", QSVFTConfig(**{**ONE_SIDED, "off_diagonals": 2}, rank=4))
     factors = {name: b.clone() for name, b in layer.named_buffers() if "probe" not in name}
     nn.Sequential(layer).to(dtype)
     assert layer.base_layer.weight.dtype == dtype
@@ -398,11 +406,11 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, self.hidden().to(x.dtype), self.bias)
 
 
-@pytest.mark.parametrize("sides", FORMS)
+@EACH_FORM
 @pytest.mark.parametrize("shape", ["tall", "wide"])
-def test_a_base_of_unknown_storage_is_read_through_its_own_forward(shape, sides):
+def test_a_base_of_unknown_storage_is_read_through_its_own_forward(shape, form):
     base = PackedLinear(linear(SHAPES[shape]))
-    layer = adapted(base, sides=sides)
+    layer = adapted(base, **form)
     held = nn.Linear(base.in_features, base.out_features)
     held.weight = nn.Parameter(base.hidden())
     assert_matches_reference(layer, held, 2e-5, base.bias)
@@ -431,29 +439,34 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(value):
         adapted(base)
 
 
-def test_a_weight_of_zeros_gives_finite_outputs_and_gradients():
+@EACH_FORM
+def test_a_weight_of_zeros_gives_finite_outputs_and_gradients(form):
+    """The one-sided form, which multiplies with W, then adds nothing; the other one has 1 as its unit."""
     base = linear(SHAPES["square"])
     nn.init.zeros_(base.weight)
-    layer = adapted(base)
+    layer = adapted(base, **form)
     x = torch.randn(3, 64, requires_grad=True)
     y = layer(x)
-    assert torch.equal(y, base(x))
+    assert torch.isfinite(y).all()
+    assert torch.equal(y, base(x)) is (layer.settings["default"].sides == "one")
     assert all(torch.isfinite(g).all() for g in gradients(y, layer, x))
 
 
-def test_zero_singular_values_give_finite_outputs_even_without_damping():
+@EACH_FORM
+def test_zero_singular_values_give_finite_outputs_even_without_damping(form):
     base = linear(SHAPES["tall"], bias=False)
     with torch.no_grad():
         base.weight[:, 10:] = 0
-    layer = adapted(base, tail_damping=0.0)
+    layer = adapted(base, tail_damping=0.0, **form)
     x = torch.randn(3, 64, requires_grad=True)
     y = layer(x)
     assert torch.isfinite(y).all()
     assert all(torch.isfinite(g).all() for g in gradients(y, layer, x))
 
 
-def test_a_deep_copy_has_the_same_outputs_and_shares_nothing():
-    layer = adapted(linear(SHAPES["wide"]))
+@EACH_FORM
+def test_a_deep_copy_has_the_same_outputs_and_shares_nothing(form):
+    layer = adapted(linear(SHAPES["wide"]), **form)
     twin = copy.deepcopy(layer)
     x = torch.randn(4, layer.in_features)
     before = layer(x)
@@ -465,7 +478,7 @@ def test_a_deep_copy_has_the_same_outputs_and_shares_nothing():
     assert twin.qsvft_M["default"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("pattern", ["plain", "banded", "random"])
+@pytest.mark.parametrize("pattern", ["plain", "banded", "random", "dense"])
 @pytest.mark.parametrize(("shape", "sides"), [("tall", "one"), ("wide", "one"), ("tall", "both")])
 def test_the_compiled_layer_has_the_eager_outputs_and_gradients(shape, sides, pattern):
     torch._dynamo.reset()

@@ -126,8 +126,9 @@ def test_casting_a_module_leaves_M_and_casts_the_rest(dtype, cast):
 
 
 @LOW
-def test_casting_an_adapted_layer_between_backward_and_step_leaves_a_gradient_that_the_optimizer_takes(dtype):
-    layer = QSVFTLinear(nn.Linear(16, 12), "default", QSVFTConfig(off_diagonals=1), "layer")
+@pytest.mark.parametrize("options", [{}, {"sides": "one", "pattern": "banded", "off_diagonals": 1}], ids=str)
+def test_casting_an_adapted_layer_between_backward_and_step_leaves_a_gradient_that_the_optimizer_takes(dtype, options):
+    layer = QSVFTLinear(nn.Linear(16, 12), "default", QSVFTConfig(**options), "layer")
     M = layer.qsvft_M["default"]
     layer(torch.randn(4, 16)).square().sum().backward()
     layer.to(dtype)

@@ -14,6 +14,8 @@ from qsvft.tuner.config import QSVFTConfig
 from qsvft.tuner.layer import QSVFTLinear
 from qsvft.tuner.probe import SIZE, TOLERANCE, content_digest, fixed_noise, relative_difference, sketch, weight_sketch
 
+ONE_SIDED = {"sides": "one", "pattern": "banded", "off_diagonals": 2}
+
 
 def weight(m: int = 40, n: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
@@ -23,7 +25,7 @@ def adapted(W: torch.Tensor, bits: int = 16, **options) -> QSVFTLinear:
     model = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False))
     model[0].weight.data = W.clone()
     quantize(model, bits, progress=False)
-    return QSVFTLinear(model[0], "default", QSVFTConfig(**{"off_diagonals": 2, **options}), "layer")
+    return QSVFTLinear(model[0], "default", QSVFTConfig(**{**ONE_SIDED, **options}), "layer")
 
 
 def probe(W: torch.Tensor, bits: int = 16, **options) -> torch.Tensor:
@@ -111,6 +113,8 @@ MAPS = {
     "random": {"pattern": "random"},
     "top_k": {"pattern": "top_k"},
     "plain": {"pattern": "plain"},
+    "dense": {"pattern": "dense"},
+    "default": {"pattern": "dense", "sides": "both"},
     "rank": {"rank": 16},
     "damping": {"tail_damping": 0.6},
 }
@@ -176,7 +180,7 @@ def test_probes_of_quantised_and_original_weights_differ():
         assert layer.probe_difference("default", probe(weight(), found)) > TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["random", "top_k", "plain", "rank", "damping"])
+@pytest.mark.parametrize("name", ["random", "top_k", "plain", "dense", "default", "rank", "damping"])
 def test_another_pattern_rank_or_damping_gives_a_probe_that_is_refused(name):
     layer = adapted(weight())
     assert layer.probe_difference("default", probe(weight(), **MAPS[name])) > TOLERANCE

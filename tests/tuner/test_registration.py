@@ -16,6 +16,9 @@ import qsvft
 from qsvft import QSVFTConfig
 from qsvft.tuner.registration import QSVFT, register
 
+FORMS = [{"share_inputs": True, "pattern": "banded", "off_diagonals": 4}, {}]
+EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=["shared", "default"])
+
 
 def test_the_method_is_a_real_member_of_peft_type():
     assert isinstance(QSVFT, PeftType)
@@ -65,17 +68,19 @@ def test_peft_knows_the_config_and_the_tuner():
     assert isinstance(peft.get_peft_config({"peft_type": "QSVFT", "seed": 4}), QSVFTConfig)
 
 
-def test_get_peft_model_gives_the_same_adapter_as_prepare(llama):
-    ours = qsvft.prepare(load(llama), bits=4, off_diagonals=3)
-    theirs = get_peft_model(qsvft.quantize(load(llama), bits=4), QSVFTConfig(off_diagonals=3, task_type="CAUSAL_LM"))
+@EACH_FORM
+def test_get_peft_model_gives_the_same_adapter_as_prepare(llama, form):
+    ours = qsvft.prepare(load(llama), bits=4, **form)
+    theirs = get_peft_model(qsvft.quantize(load(llama), bits=4), QSVFTConfig(**form, task_type="CAUSAL_LM"))
     assert torch.equal(logits(randomize(ours)), logits(randomize(theirs)))
     assert theirs.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_transformers_add_adapter_and_load_adapter_work_end_to_end(llama, tmp_path, bits):
+@EACH_FORM
+def test_transformers_add_adapter_and_load_adapter_work_end_to_end(llama, tmp_path, bits, form):
     model = qsvft.quantize(load(llama), bits)
-    model.add_adapter(QSVFTConfig(off_diagonals=4))
+    model.add_adapter(QSVFTConfig(**form))
     randomize(model)
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -88,9 +93,10 @@ def test_transformers_add_adapter_and_load_adapter_work_end_to_end(llama, tmp_pa
     assert not torch.equal(plain, expected)
 
 
-def test_an_adapter_saved_by_transformers_loads_through_peft_and_the_reverse(llama, tmp_path):
+@EACH_FORM
+def test_an_adapter_saved_by_transformers_loads_through_peft_and_the_reverse(llama, tmp_path, form):
     model = qsvft.quantize(load(llama), 4)
-    model.add_adapter(QSVFTConfig(off_diagonals=4))
+    model.add_adapter(QSVFTConfig(**form))
     expected = logits(randomize(model))
     model.save_pretrained(tmp_path / "transformers")
     peft_model = PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path / "transformers")
@@ -101,8 +107,9 @@ def test_an_adapter_saved_by_transformers_loads_through_peft_and_the_reverse(lla
     assert torch.equal(logits(again), expected)
 
 
-def test_transformers_load_adapter_refuses_a_wrong_base(llama, other_llama, tmp_path):
-    randomize(qsvft.prepare(load(llama), bits=4)).save_pretrained(tmp_path)
+@EACH_FORM
+def test_transformers_load_adapter_refuses_a_wrong_base(llama, other_llama, tmp_path, form):
+    randomize(qsvft.prepare(load(llama), bits=4, **form)).save_pretrained(tmp_path)
     other = qsvft.quantize(load(other_llama), 4)
 
     def use():

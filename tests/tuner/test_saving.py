@@ -25,6 +25,8 @@ from qsvft import QSVFTConfig
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+SHARED = {"share_inputs": True, "pattern": "banded", "off_diagonals": 2}
+EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
 
 
 def base(folder, bits=4):
@@ -36,19 +38,40 @@ def by_transformers(folder, **changes):
     return load(folder, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu")
 
 
-@pytest.fixture(scope="module")
-def saved(llama, tmp_path_factory):
-    """A trained adapter on the 4-bit model, on disk, with its logits and its M."""
-    folder = tmp_path_factory.mktemp("adapter")
-    model = randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=2))
+def trained(llama, folder, **options):
+    model = randomize(qsvft.prepare(load(llama), bits=4, **options))
     model.save_pretrained(folder)
     return folder, logits(model), coefficients(model)
+
+
+@pytest.fixture(scope="module")
+def saved(llama, tmp_path_factory):
+    """A trained adapter of the one-sided form on the 4-bit model, on disk, with its logits and its M."""
+    return trained(llama, tmp_path_factory.mktemp("adapter"), **SHARED)
+
+
+@pytest.fixture(scope="module")
+def saved_default(llama, tmp_path_factory):
+    """One of the default form."""
+    return trained(llama, tmp_path_factory.mktemp("default"))
+
+
+@pytest.fixture(params=["saved", "saved_default"])
+def each_saved(request):
+    """Both."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
 def adapter(saved, tmp_path):
     """A copy of the saved adapter that a test may damage."""
     return Path(shutil.copytree(saved[0], tmp_path / "adapter"))
+
+
+@pytest.fixture
+def default_adapter(saved_default, tmp_path):
+    """The same of the other one."""
+    return Path(shutil.copytree(saved_default[0], tmp_path / "default"))
 
 
 def edit(adapter, change):
@@ -62,7 +85,7 @@ def edit_config(adapter, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k"])
+@pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k", "dense"])
 def test_the_file_holds_M_probe_base_and_digest_of_each_layer_and_no_factor(llama, tmp_path, pattern):
     model = qsvft.prepare(load(llama), bits=4, pattern=pattern, sides="both", off_diagonals=2)
     model.save_pretrained(tmp_path)
@@ -86,8 +109,9 @@ def test_the_config_records_how_the_base_was_held(saved):
     assert set(record["versions"]) == {"qsvft", "torch", "transformers", "peft", "bitsandbytes"}
 
 
-def test_saving_twice_writes_the_same_bytes(llama, tmp_path):
-    model = randomize(qsvft.prepare(load(llama), bits=4))
+@EACH_FORM
+def test_saving_twice_writes_the_same_bytes(llama, tmp_path, form):
+    model = randomize(qsvft.prepare(load(llama), bits=4, **form))
     model.save_pretrained(tmp_path / "a")
     model.save_pretrained(tmp_path / "b")
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
@@ -95,11 +119,12 @@ def test_saving_twice_writes_the_same_bytes(llama, tmp_path):
 
 @pytest.mark.anywhere
 @pytest.mark.parametrize("sides", ["one", "both"])
-@pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k"])
+@pytest.mark.parametrize("pattern", ["plain", "banded", "random", "top_k", "dense"])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_a_reloaded_adapter_has_the_same_outputs_bit_for_bit(llama, tmp_path, bits, pattern, sides):
-    model = qsvft.prepare(load(llama), bits=bits, pattern=pattern, sides=sides, off_diagonals=2, rank=24)
+    options = {"pattern": pattern, "sides": sides, "share_inputs": sides == "one", "off_diagonals": 2, "rank": 24}
+    model = qsvft.prepare(load(llama), bits=bits, **options)
     plain = logits(model)
     expected = logits(randomize(model))
     assert not torch.equal(plain, expected)
@@ -111,8 +136,8 @@ def test_a_reloaded_adapter_has_the_same_outputs_bit_for_bit(llama, tmp_path, bi
 
 @pytest.mark.anywhere
 @pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False}])
-def test_loading_options_do_not_change_the_adapter(llama, saved, options):
-    folder, expected, M = saved
+def test_loading_options_do_not_change_the_adapter(llama, each_saved, options):
+    folder, expected, M = each_saved
     model = PeftModel.from_pretrained(base(llama), folder, **options)
     assert torch.equal(logits(model), expected)
     assert same_tensors(coefficients(model), M)
@@ -125,8 +150,9 @@ def test_a_reloaded_adapter_is_frozen_unless_asked_for(llama, saved):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_trainable_reload_continues_training_M_alone(llama, saved, low_cpu_mem_usage):
-    model = PeftModel.from_pretrained(base(llama), saved[0], is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+def test_a_trainable_reload_continues_training_M_alone(llama, each_saved, low_cpu_mem_usage):
+    folder, _, before = each_saved
+    model = PeftModel.from_pretrained(base(llama), folder, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == set(coefficients(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
@@ -135,11 +161,11 @@ def test_a_trainable_reload_continues_training_M_alone(llama, saved, low_cpu_mem
     optimizer.step()
     for name, M in coefficients(model).items():
         assert M.dtype == torch.float32
-        assert not torch.equal(M, saved[2][name])
+        assert not torch.equal(M, before[name])
 
 
-def test_an_adapter_moves_between_a_model_loaded_in_4_bits_and_one_quantised_here(llama, saved, tmp_path):
-    folder, expected, M = saved
+def test_an_adapter_moves_between_a_model_loaded_in_4_bits_and_one_quantised_here(llama, each_saved, tmp_path):
+    folder, expected, M = each_saved
     model = PeftModel.from_pretrained(by_transformers(llama), folder)
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
@@ -149,26 +175,30 @@ def test_an_adapter_moves_between_a_model_loaded_in_4_bits_and_one_quantised_her
 
 
 def test_two_adapters_are_saved_and_loaded_side_by_side(llama, tmp_path):
-    model = qsvft.prepare(load(llama), bits=4, adapter_name="a", off_diagonals=2)
-    model.add_adapter("b", QSVFTConfig(pattern="top_k", off_diagonals=1, rank=16, task_type="CAUSAL_LM"))
+    model = qsvft.prepare(load(llama), bits=4, adapter_name="a", **SHARED)
+    top_k = {"share_inputs": True, "pattern": "top_k", "off_diagonals": 1, "rank": 16}
+    model.add_adapter("b", QSVFTConfig(**top_k, task_type="CAUSAL_LM"))
+    model.add_adapter("c", QSVFTConfig(task_type="CAUSAL_LM"))
     expected = {}
-    for seed, name in enumerate("ab"):
+    for seed, name in enumerate("abc"):
         model.set_adapter(name)
         expected[name] = logits(randomize(model, name, seed=seed))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base(llama), tmp_path / "a", adapter_name="a")
-    again.load_adapter(tmp_path / "b", adapter_name="b")
-    for name in "ba":
+    for name in "bc":
+        again.load_adapter(tmp_path / name, adapter_name=name)
+    for name in "cba":
         again.set_adapter(name)
         assert torch.equal(logits(again), expected[name])
 
 
-def test_a_trained_head_is_saved_and_restored_with_the_adapter(llama, tmp_path):
+@EACH_FORM
+def test_a_trained_head_is_saved_and_restored_with_the_adapter(llama, tmp_path, form):
     def classifier():
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_pretrained(llama, dtype=torch.bfloat16, num_labels=3)
 
-    model = qsvft.prepare(classifier(), bits=4, off_diagonals=2)
+    model = qsvft.prepare(classifier(), bits=4, **form)
     randomize(model)
     head = next(p for name, p in model.named_parameters() if "score.modules_to_save.default" in name)
     assert head.requires_grad
@@ -197,10 +227,10 @@ FOUND = {
 
 
 @pytest.mark.parametrize("kind", WRONG_BASES)
-def test_a_base_other_than_the_adapters_is_refused_with_both_named(llama, other_llama, saved, kind):
+def test_a_base_other_than_the_adapters_is_refused_with_both_named(llama, other_llama, each_saved, kind):
     model = WRONG_BASES[kind](llama, other_llama)
     with pytest.raises(ValueError, match="this adapter does not fit the base model") as refusal:
-        PeftModel.from_pretrained(model, saved[0])
+        PeftModel.from_pretrained(model, each_saved[0])
     message = str(refusal.value)
     assert message.startswith("model.layers.0.")
     assert "expected at most 0.01" in message
@@ -211,22 +241,20 @@ def test_a_base_other_than_the_adapters_is_refused_with_both_named(llama, other_
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("form", "changed", "message"),
     [
-        ("down_proj", r"^model\.layers\.1\.mlp\.down_proj: this adapter does not fit .*; the weight is another one"),
+        ("saved", "down_proj", r"mlp\.down_proj: this adapter does not fit .*; the weight is another one"),
         # Its neighbour shares the V of both weights and is asked first.
-        (
-            "up_proj",
-            r"^model\.layers\.1\.mlp\.gate_proj: .*the weight is the same, but not all of those .* \(gate_proj_up",
-        ),
+        ("saved", "up_proj", r"mlp\.gate_proj: .*the weight is the same, but not all of those .* \(gate_proj_up"),
+        ("saved_default", "up_proj", r"mlp\.up_proj: this adapter does not fit .*; the weight is another one"),
     ],
 )
-def test_one_changed_weight_matrix_is_refused_by_its_name(llama, saved, changed, message):
+def test_one_changed_weight_matrix_is_refused_by_its_name(llama, form, changed, message, request):
     model = load(llama)
     with torch.no_grad():
         model.get_submodule(f"model.layers.1.mlp.{changed}").weight.mul_(-1)
-    with pytest.raises(ValueError, match=message):
-        PeftModel.from_pretrained(qsvft.quantize(model, 4), saved[0])
+    with pytest.raises(ValueError, match=rf"^model\.layers\.1\.{message}"):
+        PeftModel.from_pretrained(qsvft.quantize(model, 4), request.getfixturevalue(form)[0])
 
 
 def test_an_adapter_of_another_shape_is_refused_by_name_and_both_shapes(tmp_path, saved):
@@ -261,13 +289,27 @@ def test_an_adapter_with_more_layers_than_the_model_is_refused(tmp_path, saved):
 )
 def test_a_config_that_is_not_the_adapters_is_refused_with_the_layers_name(llama, adapter, changes):
     edit_config(adapter, **changes)
+    refused_by_name(llama, adapter)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rank": 16}, {"rank_pattern": {"q_proj": 8}}, {"pattern": "banded"}, {"sides": "one"}, {"factor_bits": 4}],
+    ids=str,
+)
+def test_a_config_that_is_not_that_of_a_default_adapter_is_refused_too(llama, default_adapter, changes):
+    edit_config(default_adapter, **changes)
+    refused_by_name(llama, default_adapter)
+
+
+def refused_by_name(llama, adapter):
     with pytest.raises(ValueError, match=r"^model\.layers\.0\.") as refusal:
         PeftModel.from_pretrained(base(llama), adapter)
     assert any(hint in str(refusal.value) for hint in ("the adapter again", "another model or config", "Load it on"))
 
 
 def test_another_seed_of_a_random_pattern_is_refused(llama, tmp_path):
-    randomize(qsvft.prepare(load(llama), bits=4, pattern="random", seed=1)).save_pretrained(tmp_path)
+    randomize(qsvft.prepare(load(llama), bits=4, **{**SHARED, "pattern": "random"}, seed=1)).save_pretrained(tmp_path)
     edit_config(tmp_path, seed=2)
     with pytest.raises(
         ValueError, match=r"^model\.layers\.0\..*pattern \('random', seed 2\) does not come out the same"
@@ -339,7 +381,7 @@ def test_an_extra_layer_is_refused_by_its_name(llama, adapter):
 
 
 def test_top_k_entries_that_are_not_a_pattern_are_refused(llama, tmp_path):
-    randomize(qsvft.prepare(load(llama), bits=4, pattern="top_k", off_diagonals=2)).save_pretrained(tmp_path / "whole")
+    trained(llama, tmp_path / "whole", **{**SHARED, "pattern": "top_k"})
     for number, bad in enumerate((-1, 10**9, "twice", "short", "float")):
         adapter = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(number)))
 
@@ -361,9 +403,10 @@ def test_top_k_entries_that_are_not_a_pattern_are_refused(llama, tmp_path):
             PeftModel.from_pretrained(base(llama), adapter)
 
 
-def test_M_that_is_not_finite_is_refused_or_loads_as_it_was_saved(llama, tmp_path):
+@EACH_FORM
+def test_M_that_is_not_finite_is_refused_or_loads_as_it_was_saved(llama, tmp_path, form):
     """A diverged run can be saved; nothing about it changes on the way."""
-    model = qsvft.prepare(load(llama), bits=4, off_diagonals=2)
+    model = qsvft.prepare(load(llama), bits=4, **form)
     randomize(model, scale=float("inf")).save_pretrained(tmp_path)
     assert refused_or_the_same(llama, tmp_path, coefficients(model))
 
@@ -393,14 +436,15 @@ def test_a_broken_config_is_refused(llama, adapter, content):
         PeftModel.from_pretrained(base(llama), adapter)
 
 
-def test_a_refused_adapter_leaves_the_model_with_its_first_adapter_working(llama, other_llama, saved, tmp_path):
+def test_a_refused_adapter_leaves_the_model_with_its_first_adapter_working(llama, other_llama, each_saved, tmp_path):
     foreign = tmp_path / "foreign"
-    randomize(qsvft.prepare(load(other_llama), bits=4, off_diagonals=2)).save_pretrained(foreign)
-    model = PeftModel.from_pretrained(base(llama), saved[0])
+    trained(other_llama, foreign, **SHARED)
+    folder, expected, _ = each_saved
+    model = PeftModel.from_pretrained(base(llama), folder)
     with pytest.raises(ValueError, match="does not fit the base model"):
         model.load_adapter(foreign, adapter_name="second")
     model.set_adapter("default")
-    assert torch.equal(logits(model), saved[1])
+    assert torch.equal(logits(model), expected)
 
 
 def refused_or_the_same(llama, adapter, M):
@@ -462,7 +506,7 @@ def test_a_process_killed_while_it_saves_in_a_loop_leaves_a_whole_adapter(llama,
         "import sys, torch, qsvft, transformers\n"
         "transformers.utils.logging.disable_progress_bar()\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)\n"
-        "model = qsvft.prepare(model, bits=4, off_diagonals=16)\n"
+        "model = qsvft.prepare(model, bits=4)\n"
         "while True:\n"
         "    model.save_pretrained(sys.argv[2])\n"
         "    print('saved', flush=True)\n"

@@ -26,20 +26,25 @@ from qsvft.storage.factors import StoredBasis
 from qsvft.tuner.sources import sources_of, weights_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BANDED = {"pattern": "banded", "off_diagonals": 2}
+SHARED = {**BANDED, "share_inputs": True}
 OPTIONS = {
-    "bf16": {},
-    "int8": {"factor_bits": 8},
-    "NF4": {"factor_bits": 4, "rank": 24},
-    "not shared": {"share_inputs": False, "tail_damping": 0.5},
-    "some shared": {"share_inputs": [["q_proj", "v_proj"]], "rank": 20},
-    "two-sided": {"sides": "both"},
-    "several ranks": {"rank": 20, "rank_pattern": {"k_proj": 30, "down_proj": 5}},
-    "top_k": {"pattern": "top_k", "rank": 16},
-    "randomized": {"decomposition": "randomized", "rank": 8},
-    "residual": {"sides": "both", "residual": True, "factor_bits": 8},
-    "residual of a low rank": {"sides": "both", "residual": True, "rank": 6},
+    "default": {},
+    "shared": SHARED,
+    "shared in int8": {**SHARED, "factor_bits": 8},
+    "shared in NF4": {**SHARED, "factor_bits": 4, "rank": 24},
+    "one-sided": {**BANDED, "sides": "one", "tail_damping": 0.5},
+    "some shared": {**BANDED, "share_inputs": [["q_proj", "v_proj"]], "rank": 20},
+    "two-sided": {**BANDED, "sides": "both"},
+    "two-sided in int8": {"factor_bits": 8},
+    "several ranks": {**SHARED, "rank": 20, "rank_pattern": {"k_proj": 30, "down_proj": 5}},
+    "top_k": {**SHARED, "pattern": "top_k", "rank": 16},
+    "randomized": {**SHARED, "decomposition": "randomized", "rank": 8},
+    "residual": {**BANDED, "residual": True, "factor_bits": 8},
+    "residual of a low rank": {"residual": True, "rank": 6},
 }
 FORMS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
 
 
 def base(llama, options=None, bits=4):
@@ -48,22 +53,37 @@ def base(llama, options=None, bits=4):
 
 
 def prepare(llama, **options):
-    return randomize(qsvft.prepare(load(llama), bits=4, off_diagonals=2, progress=False, **options))
+    return randomize(qsvft.prepare(load(llama), bits=4, progress=False, **options))
 
 
 def factors_in(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if parse_name(name) is not None}
 
 
-@pytest.fixture(scope="module")
-def saved(llama, tmp_path_factory):
-    """A self-contained adapter on disk, with its logits and its M; its signs do not come out like this here."""
-    folder = tmp_path_factory.mktemp("adapter")
+def made_elsewhere(llama, folder, **options):
     with pytest.MonkeyPatch.context() as patch:
         turn_signs(patch)
-        model = prepare(llama)
+        model = prepare(llama, **options)
         model.save_pretrained(folder, include_factors=True)
     return folder, logits(model), coefficients(model)
+
+
+@pytest.fixture(scope="module")
+def saved(llama, tmp_path_factory):
+    """A self-contained one-sided adapter with its logits and its M; its signs do not come out like this here."""
+    return made_elsewhere(llama, tmp_path_factory.mktemp("adapter"), **SHARED)
+
+
+@pytest.fixture(scope="module")
+def saved_default(llama, tmp_path_factory):
+    """The same of the default form."""
+    return made_elsewhere(llama, tmp_path_factory.mktemp("default"))
+
+
+@pytest.fixture(params=["saved", "saved_default"])
+def each_saved(request):
+    """Both."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -117,10 +137,14 @@ def test_another_model_is_refused_by_a_layers_name(llama, other_llama, tmp_path,
 
 
 @pytest.mark.anywhere
-@pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"factor_bits": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{**BANDED, "sides": "one"}, {**BANDED, "sides": "one", "factor_bits": 4}, {}],
+    ids=["one-sided", "one-sided in NF4", "default"],
+)
 def test_Conv1D_layers_are_reloaded(tmp_path, options, monkeypatch):
     names = ["c_attn", "c_fc", "c_proj"]
-    model = randomize(qsvft.prepare(gpt2(), bits=4, off_diagonals=2, target_modules=names, progress=False, **options))
+    model = randomize(qsvft.prepare(gpt2(), bits=4, target_modules=names, progress=False, **options))
     expected = logits(model)
     model.save_pretrained(tmp_path, include_factors=True)
     forbid_decomposing(monkeypatch)
@@ -130,21 +154,23 @@ def test_Conv1D_layers_are_reloaded(tmp_path, options, monkeypatch):
 
 @pytest.mark.anywhere
 @pytest.mark.parametrize("bits", [8, 16])
+@EACH_FORM
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_other_bits_of_the_base_are_reloaded(llama, tmp_path, bits, monkeypatch):
-    model = randomize(qsvft.prepare(load(llama), bits=bits, off_diagonals=2, progress=False))
+def test_other_bits_of_the_base_are_reloaded(llama, tmp_path, bits, form, monkeypatch):
+    model = randomize(qsvft.prepare(load(llama), bits=bits, progress=False, **form))
     model.save_pretrained(tmp_path, include_factors=True)
     forbid_decomposing(monkeypatch)
     assert torch.equal(logits(PeftModel.from_pretrained(base(llama, bits=bits), tmp_path)), logits(model))
 
 
-def test_a_model_of_bare_layers_is_reloaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", [{**BANDED, "sides": "one"}, {}], ids=["one-sided", "default"])
+def test_a_model_of_bare_layers_is_reloaded(tmp_path, form, monkeypatch):
     def fresh():
         torch.manual_seed(0)
         parts = {"q_proj": torch.nn.Linear(32, 40), "k_proj": torch.nn.Linear(32, 24), "out": torch.nn.Linear(48, 20)}
         return torch.nn.ModuleDict(parts)
 
-    options = {"target_modules": ["q_proj", "k_proj", "out"], "off_diagonals": 2}
+    options = {"target_modules": ["q_proj", "k_proj", "out"], **form}
     model = randomize(qsvft.prepare(fresh(), bits=4, progress=False, **options))
     model.save_pretrained(tmp_path, include_factors=True)
     forbid_decomposing(monkeypatch)
@@ -155,7 +181,8 @@ def test_a_model_of_bare_layers_is_reloaded(tmp_path, monkeypatch):
 
 
 def test_factors_are_written_once_for_layers_that_share_them(llama, tmp_path):
-    prepare(llama, rank=20, rank_pattern={"k_proj": 30}).save_pretrained(tmp_path, include_factors=True)
+    options = {**SHARED, "rank": 20, "rank_pattern": {"k_proj": 30}}
+    prepare(llama, **options).save_pretrained(tmp_path, include_factors=True)
     found = {str(parse_name(name)): tensor for name, tensor in factors_in(tmp_path).items()}
     bases = {name: tuple(t.shape) for name, t in found.items() if name.endswith(".values")}
     for layer in (0, 1):
@@ -170,7 +197,7 @@ def test_factors_are_written_once_for_layers_that_share_them(llama, tmp_path):
 
 
 def test_nothing_of_a_hadamard_basis_is_written_and_it_goes_to_another_base(llama, other_llama, tmp_path):
-    model = prepare(llama, basis="hadamard")
+    model = prepare(llama, **SHARED, basis="hadamard")
     model.save_pretrained(tmp_path, include_factors=True)
     assert not factors_in(tmp_path)
     again = PeftModel.from_pretrained(base(llama), tmp_path)
@@ -178,8 +205,9 @@ def test_nothing_of_a_hadamard_basis_is_written_and_it_goes_to_another_base(llam
     PeftModel.from_pretrained(base(other_llama), tmp_path)
 
 
-def test_saving_without_factors_writes_what_it_wrote_before(llama, tmp_path):
-    model = prepare(llama)
+@EACH_FORM
+def test_saving_without_factors_writes_what_it_wrote_before(llama, tmp_path, form):
+    model = prepare(llama, **form)
     model.save_pretrained(tmp_path / "before")
     model.save_pretrained(tmp_path / "with", include_factors=True)
     model.save_pretrained(tmp_path / "after")
@@ -200,9 +228,10 @@ def test_with_the_config_field_every_save_has_the_factors(llama, tmp_path):
     assert model.peft_config["default"].include_factors
 
 
-def test_an_adapter_of_a_smaller_rank_carries_no_more_than_it_reads(llama, tmp_path, monkeypatch):
-    model = prepare(llama, rank=10, decomposition="exact")
-    config = QSVFTConfig(rank=30, off_diagonals=2, decomposition="exact", task_type="CAUSAL_LM")
+@EACH_FORM
+def test_an_adapter_of_a_smaller_rank_carries_no_more_than_it_reads(llama, tmp_path, form, monkeypatch):
+    model = prepare(llama, **form, rank=10, decomposition="exact")
+    config = QSVFTConfig(**form, rank=30, decomposition="exact", task_type="CAUSAL_LM")
     model.add_adapter("larger", config)
     expected = logits(model)
     model.set_adapter("larger")
@@ -221,15 +250,16 @@ def test_an_adapter_of_a_smaller_rank_carries_no_more_than_it_reads(llama, tmp_p
 
 def test_only_the_selected_adapters_are_saved_with_factors(llama, tmp_path):
     model = prepare(llama)
-    model.add_adapter("other", QSVFTConfig(off_diagonals=2, task_type="CAUSAL_LM"))
+    model.add_adapter("other", QSVFTConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path, include_factors=True, selected_adapters=["other"])
     assert factors_in(tmp_path / "other") and not (tmp_path / WEIGHTS).exists()
     assert not any(config.include_factors for config in model.peft_config.values())
 
 
 @pytest.mark.parametrize("name", ["codes", "V_int8", "model", "0"])
-def test_an_adapters_name_does_not_get_into_the_names_of_factors(llama, tmp_path, name):
-    options = {"factor_bits": 8, "off_diagonals": 2, "progress": False}
+@EACH_FORM
+def test_an_adapters_name_does_not_get_into_the_names_of_factors(llama, tmp_path, name, form):
+    options = {**form, "factor_bits": 8, "progress": False}
     model = randomize(qsvft.prepare(load(llama), bits=4, adapter_name=name, **options), name)
     expected = logits(model)
     model.save_pretrained(tmp_path, include_factors=True)
@@ -251,7 +281,7 @@ def test_factors_are_not_pickled(llama, tmp_path):
         prepare(llama).save_pretrained(tmp_path, include_factors=True, safe_serialization=False)
 
 
-def test_saving_over_the_adapter_that_was_loaded_works(llama, adapter, saved):
+def test_saving_over_the_adapter_that_was_loaded_works(llama, adapter):
     """The bases held are the old file's pages."""
     model = PeftModel.from_pretrained(base(llama), adapter, is_trainable=True)
     expected = logits(randomize(model, seed=9))
@@ -262,10 +292,10 @@ def test_saving_over_the_adapter_that_was_loaded_works(llama, adapter, saved):
 
 @pytest.mark.anywhere
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_loading_options_do_not_change_the_adapter(llama, saved, low_cpu_mem_usage, monkeypatch):
+def test_loading_options_do_not_change_the_adapter(llama, each_saved, low_cpu_mem_usage, monkeypatch):
     forbid_decomposing(monkeypatch)
-    model = PeftModel.from_pretrained(base(llama), saved[0], low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(logits(model), saved[1])
+    model = PeftModel.from_pretrained(base(llama), each_saved[0], low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(model), each_saved[1])
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -287,16 +317,17 @@ def test_auto_models_take_the_factors(llama, tmp_path, monkeypatch):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_transformers_load_adapter_takes_the_factors(llama, saved, monkeypatch):
+def test_transformers_load_adapter_takes_the_factors(llama, each_saved, monkeypatch):
     forbid_decomposing(monkeypatch)
     model = base(llama)
-    model.load_adapter(str(saved[0]))
-    assert torch.equal(logits(model), saved[1])
+    model.load_adapter(str(each_saved[0]))
+    assert torch.equal(logits(model), each_saved[1])
 
 
-def test_transformers_save_pretrained_writes_the_factors_of_the_config(llama, tmp_path, monkeypatch):
+@EACH_FORM
+def test_transformers_save_pretrained_writes_the_factors_of_the_config(llama, tmp_path, form, monkeypatch):
     model = base(llama)
-    model.add_adapter(QSVFTConfig(off_diagonals=2, include_factors=True))
+    model.add_adapter(QSVFTConfig(**form, include_factors=True))
     expected = logits(randomize(model))
     model.save_pretrained(tmp_path)
     forbid_decomposing(monkeypatch)
@@ -355,8 +386,9 @@ class Rows(Dataset):
         return {"input_ids": row, "labels": row.clone()}
 
 
-def test_the_trainers_checkpoints_are_self_contained(llama, tmp_path, monkeypatch):
-    model = prepare(llama, include_factors=True)
+@EACH_FORM
+def test_the_trainers_checkpoints_are_self_contained(llama, tmp_path, form, monkeypatch):
+    model = prepare(llama, **form, include_factors=True)
     steps = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "save_strategy": "steps"}
     arguments = TrainingArguments(
         tmp_path, report_to="none", use_cpu=True, learning_rate=1e-2, load_best_model_at_end=True, **steps
@@ -370,15 +402,15 @@ def test_the_trainers_checkpoints_are_self_contained(llama, tmp_path, monkeypatc
     assert len(list(Path(tmp_path).glob(f"checkpoint-*/{WEIGHTS}"))) == 2
 
 
-def test_an_adapter_of_other_signs_is_loaded_with_its_own_factors(llama, saved, monkeypatch):
+def test_an_adapter_of_other_signs_is_loaded_with_its_own_factors(llama, each_saved, monkeypatch):
     forbid_decomposing(monkeypatch)
-    model = PeftModel.from_pretrained(base(llama), saved[0])
-    assert torch.equal(logits(model), saved[1])
+    model = PeftModel.from_pretrained(base(llama), each_saved[0])
+    assert torch.equal(logits(model), each_saved[1])
 
 
 def test_adapters_of_different_factors_stand_side_by_side(llama, saved, tmp_path):
     """Each with its own directions, whichever is loaded first; those that agree hold them once."""
-    here = prepare(llama)
+    here = prepare(llama, **SHARED)
     here.save_pretrained(tmp_path)
     for first, second in ((tmp_path, saved[0]), (saved[0], tmp_path)):
         model = PeftModel.from_pretrained(base(llama), first, adapter_name="first")
@@ -390,21 +422,23 @@ def test_adapters_of_different_factors_stand_side_by_side(llama, saved, tmp_path
         assert all(len(layer.held_bases()) == 2 for layer in layers(model).values())
 
 
-def test_an_adapter_whose_factors_are_those_held_shares_them(llama, tmp_path):
-    model = prepare(llama)
+@pytest.mark.parametrize(("form", "bases"), [(SHARED, 1), ({}, 2)], ids=["shared", "default"])
+def test_an_adapter_whose_factors_are_those_held_shares_them(llama, tmp_path, form, bases):
+    model = prepare(llama, **form)
     model.save_pretrained(tmp_path, include_factors=True)
     model.load_adapter(tmp_path, adapter_name="again")
-    assert all(len(layer.held_bases()) == 1 for layer in layers(model).values())
+    assert all(len(layer.held_bases()) == bases for layer in layers(model).values())
     expected = logits(model)
     model.set_adapter("again")
     assert torch.equal(logits(model), expected)
 
 
-def test_a_new_adapter_does_not_take_over_what_another_brought_along(llama, saved):
-    model = PeftModel.from_pretrained(base(llama), saved[0])
-    model.add_adapter("new", QSVFTConfig(off_diagonals=2, task_type="CAUSAL_LM"))
+@pytest.mark.parametrize(("first", "form"), [("saved", SHARED), ("saved_default", {})], ids=["shared", "default"])
+def test_a_new_adapter_does_not_take_over_what_another_brought_along(llama, first, form, request):
+    model = PeftModel.from_pretrained(base(llama), request.getfixturevalue(first)[0])
+    model.add_adapter("new", QSVFTConfig(**form, task_type="CAUSAL_LM"))
     model.set_adapter("new")
-    assert torch.equal(logits(randomize(model, "new")), logits(prepare(llama)))
+    assert torch.equal(logits(randomize(model, "new")), logits(prepare(llama, **form)))
 
 
 def test_a_copied_model_keeps_its_own_factors(llama, saved):
@@ -416,34 +450,34 @@ def test_a_copied_model_keeps_its_own_factors(llama, saved):
     assert all(len(layer.held_bases()) == 1 for layer in layers(other).values())
 
 
-def test_a_base_that_another_kernel_rounded_is_taken_within_the_probes_tolerance(llama, saved):
+def test_a_base_that_another_kernel_rounded_is_taken_within_the_probes_tolerance(llama, each_saved):
     model = base(llama)
     for layer in model.model.layers:
         codes = layer.mlp.up_proj.weight.data
         codes[5, 0] = codes[5, 0] ^ 0x10
-    expected = saved[1]
-    found = logits(PeftModel.from_pretrained(model, saved[0]))
+    expected = each_saved[1]
+    found = logits(PeftModel.from_pretrained(model, each_saved[0]))
     assert 0 < (found - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_a_base_in_other_bits_is_refused(llama, saved, bits):
+def test_a_base_in_other_bits_is_refused(llama, each_saved, bits):
     with pytest.raises(ValueError, match=r"^model\.layers\.0\.\S+: this adapter does not fit the base model"):
-        PeftModel.from_pretrained(base(llama, bits=bits), saved[0])
+        PeftModel.from_pretrained(base(llama, bits=bits), each_saved[0])
 
 
 @pytest.mark.parametrize("leaf", ["q_proj", "down_proj"])
-def test_one_changed_weight_is_refused_by_its_name(llama, saved, leaf):
+def test_one_changed_weight_is_refused_by_its_name(llama, each_saved, leaf):
     model = load(llama)
     part = "self_attn" if leaf == "q_proj" else "mlp"
     with torch.no_grad():
         model.get_submodule(f"model.layers.1.{part}.{leaf}").weight.mul_(-1)
     with pytest.raises(ValueError, match=rf"^model\.layers\.1\.{part}\.{leaf}: this adapter does not fit"):
-        PeftModel.from_pretrained(qsvft.quantize(model, 4, progress=False), saved[0])
+        PeftModel.from_pretrained(qsvft.quantize(model, 4, progress=False), each_saved[0])
 
 
-def test_a_config_with_factors_makes_no_new_adapter_on_another_model(other_llama, saved):
-    config = QSVFTConfig.from_pretrained(saved[0])
+def test_a_config_with_factors_makes_no_new_adapter_on_another_model(other_llama, each_saved):
+    config = QSVFTConfig.from_pretrained(each_saved[0])
     config.base_model_name_or_path = None
     with pytest.raises(ValueError, match=r"make the config anew: QSVFTConfig\(\*\*config\.to_dict\(\)\)"):
         get_peft_model(base(other_llama), config)
@@ -451,8 +485,9 @@ def test_a_config_with_factors_makes_no_new_adapter_on_another_model(other_llama
     assert len(layers(get_peft_model(base(other_llama), anew))) == 14
 
 
-def test_a_refused_adapter_leaves_the_model_with_its_first_adapter_working(llama, other_llama, saved, tmp_path):
-    prepare(other_llama).save_pretrained(tmp_path, include_factors=True)
+@EACH_FORM
+def test_a_refused_adapter_leaves_the_model_with_its_first_adapter_working(llama, other_llama, saved, tmp_path, form):
+    prepare(other_llama, **form).save_pretrained(tmp_path, include_factors=True)
     model = PeftModel.from_pretrained(base(llama), saved[0])
     with pytest.raises(ValueError, match="does not fit the base model"):
         model.load_adapter(tmp_path, adapter_name="second")
@@ -502,22 +537,24 @@ def test_a_changed_factor_is_refused(llama, adapter, name):
 
 def test_factors_of_another_adapter_are_refused(llama, adapter, tmp_path):
     """They are whole and of the same weights, but not those that M was trained on."""
-    prepare(llama).save_pretrained(tmp_path / "here", include_factors=True)
+    prepare(llama, **SHARED).save_pretrained(tmp_path / "here", include_factors=True)
     others = factors_in(tmp_path / "here")
     edit(adapter, lambda found: found.update(others))
     with pytest.raises(ValueError, match="do not match their digest"):
         PeftModel.from_pretrained(base(llama), adapter)
 
 
-def test_an_adapter_without_the_factors_that_its_config_announces_is_refused(llama, tmp_path):
-    prepare(llama).save_pretrained(tmp_path)
+@EACH_FORM
+def test_an_adapter_without_the_factors_that_its_config_announces_is_refused(llama, tmp_path, form):
+    prepare(llama, **form).save_pretrained(tmp_path)
     edit_config(tmp_path, include_factors=True)
     with pytest.raises(ValueError, match=r"says include_factors, but its file has no tensor qsvft\.model/layers/0/"):
         PeftModel.from_pretrained(base(llama), tmp_path)
 
 
-def test_factors_that_the_config_does_not_announce_are_not_used(llama, tmp_path):
-    model = prepare(llama)
+@EACH_FORM
+def test_factors_that_the_config_does_not_announce_are_not_used(llama, tmp_path, form):
+    model = prepare(llama, **form)
     model.save_pretrained(tmp_path, include_factors=True)
     edit_config(tmp_path, include_factors=False)
     again = PeftModel.from_pretrained(base(llama), tmp_path)
@@ -536,7 +573,7 @@ def test_a_config_that_is_not_the_adapters_is_refused(llama, adapter, changes):
 
 def test_random_byte_flips_are_refused_or_harmless(llama, tmp_path):
     """Every flip ends in ValueError or in bitwise the same adapter: never in another adapter."""
-    model = prepare(llama, target_modules=["k_proj", "v_proj"], rank=8, factor_bits=8)
+    model = prepare(llama, **SHARED, target_modules=["k_proj", "v_proj"], rank=8, factor_bits=8)
     model.save_pretrained(tmp_path, include_factors=True)
     expected, whole = logits(model), (tmp_path / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")

@@ -26,19 +26,24 @@ from qsvft import QSVFTConfig
 from qsvft.storage.factors import StoredBasis
 
 WEIGHTS = "adapter_model.safetensors"
+BANDED = {"pattern": "banded", "off_diagonals": 2}
+ONE_SIDED = {**BANDED, "sides": "one"}
+SHARED = {**BANDED, "share_inputs": True}
 OPTIONS = {
-    "bf16": {},
-    "int8": {"factor_bits": 8},
-    "NF4": {"factor_bits": 4, "rank": 24},
-    "not shared": {"share_inputs": False, "tail_damping": 0.5},
-    "some shared": {"share_inputs": [["q_proj", "v_proj"]], "rank": 20},
-    "two-sided": {"sides": "both"},
-    "two-sided in 8 bits": {"sides": "both", "factor_bits": 8, "rank": 10},
-    "several ranks": {"rank": 20, "rank_pattern": {"k_proj": 30, "down_proj": 5}},
-    "top_k": {"pattern": "top_k", "rank": 16},
-    "randomized": {"decomposition": "randomized", "rank": 8},
+    "default": {},
+    "shared": SHARED,
+    "shared in int8": {**SHARED, "factor_bits": 8},
+    "shared in NF4": {**SHARED, "factor_bits": 4, "rank": 24},
+    "one-sided": {**ONE_SIDED, "tail_damping": 0.5},
+    "some shared": {**BANDED, "share_inputs": [["q_proj", "v_proj"]], "rank": 20},
+    "two-sided": {**BANDED, "sides": "both"},
+    "two-sided in int8": {"factor_bits": 8, "rank": 10},
+    "several ranks": {**SHARED, "rank": 20, "rank_pattern": {"k_proj": 30, "down_proj": 5}},
+    "top_k": {**SHARED, "pattern": "top_k", "rank": 16},
+    "randomized": {**SHARED, "decomposition": "randomized", "rank": 8},
 }
 FORMS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
 
 
 def base(llama, bits=4):
@@ -46,14 +51,14 @@ def base(llama, bits=4):
 
 
 def prepare(model, **options):
-    return qsvft.prepare(model, bits=4, off_diagonals=2, progress=False, **options)
+    return qsvft.prepare(model, bits=4, progress=False, **options)
 
 
 @pytest.fixture
 def stored(llama, tmp_path):
     """Makes a prepared directory."""
     count = itertools.count()
-    return lambda **options: prepared_llama(tmp_path / str(next(count)), llama, off_diagonals=2, **options)
+    return lambda **options: prepared_llama(tmp_path / str(next(count)), llama, **options)
 
 
 @pytest.mark.anywhere
@@ -76,10 +81,12 @@ def test_an_adapter_on_stored_factors_is_the_one_on_computed_ones_bit_for_bit(
 
 
 @pytest.mark.anywhere
-@pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"factor_bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [ONE_SIDED, {**ONE_SIDED, "factor_bits": 8}, {}], ids=["one-sided", "one-sided in int8", "default"]
+)
 @pytest.mark.parametrize("bits", [4, 16])
 def test_Conv1D_layers_take_stored_factors(tmp_path, options, bits, monkeypatch):
-    options = {"off_diagonals": 2, "target_modules": ["c_attn", "c_fc", "c_proj"], **options}
+    options = {"target_modules": ["c_attn", "c_fc", "c_proj"], **options}
     computed = randomize(qsvft.prepare(gpt2(), bits=bits, progress=False, **options))
     expected = logits(computed)
     write(tmp_path, qsvft.quantize(gpt2(), bits, progress=False), named_factors(computed))
@@ -92,11 +99,12 @@ def test_Conv1D_layers_take_stored_factors(tmp_path, options, bits, monkeypatch)
 
 @pytest.mark.anywhere
 @pytest.mark.parametrize("bits", [4, 8, 16])
+@EACH_FORM
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_a_trained_adapter_is_loaded_on_stored_factors(llama, tmp_path, stored, bits, monkeypatch):
-    trained = randomize(qsvft.prepare(load(llama), bits=bits, off_diagonals=2, progress=False))
+def test_a_trained_adapter_is_loaded_on_stored_factors(llama, tmp_path, stored, bits, form, monkeypatch):
+    trained = randomize(qsvft.prepare(load(llama), bits=bits, progress=False, **form))
     trained.save_pretrained(tmp_path / "adapter")
-    directory, model = stored(bits=bits), base(llama, bits)
+    directory, model = stored(bits=bits, **form), base(llama, bits)
     qsvft.use_factors(model, directory)
     forbid_decomposing(monkeypatch)
     again = PeftModel.from_pretrained(model, tmp_path / "adapter")
@@ -104,7 +112,9 @@ def test_a_trained_adapter_is_loaded_on_stored_factors(llama, tmp_path, stored, 
     assert same_tensors(coefficients(again), coefficients(trained))
 
 
-@pytest.mark.parametrize("options", [{}, {"factor_bits": 4}, {"sides": "both"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [SHARED, {**SHARED, "factor_bits": 4}, {}], ids=["shared", "shared in NF4", "default"]
+)
 def test_a_smaller_rank_reads_the_first_directions(llama, stored, options, monkeypatch):
     expected = logits(randomize(prepare(load(llama), rank=12, decomposition="exact", **options)))
     model = base(llama)
@@ -115,40 +125,49 @@ def test_a_smaller_rank_reads_the_first_directions(llama, stored, options, monke
     assert {b.rank for b in found.modules() if isinstance(b, StoredBasis)} == {12}
 
 
-def test_a_larger_rank_than_is_stored_is_computed(llama, stored):
+@EACH_FORM
+def test_a_larger_rank_than_is_stored_is_computed(llama, stored, form):
     model = base(llama)
-    qsvft.use_factors(model, stored(rank=12))
-    found = randomize(prepare(model, rank=20))
-    assert torch.equal(logits(found), logits(randomize(prepare(load(llama), rank=20))))
+    qsvft.use_factors(model, stored(**form, rank=12))
+    found = randomize(prepare(model, **form, rank=20))
+    assert torch.equal(logits(found), logits(randomize(prepare(load(llama), **form, rank=20))))
 
 
-def test_stored_factors_are_used_where_they_lie_in_the_file(llama, stored):
+@pytest.mark.parametrize(
+    ("form", "keys"), [(SHARED, ["V_bf16"]), ({}, ["V_bf16", "U_bf16"])], ids=["shared", "default"]
+)
+def test_stored_factors_are_used_where_they_lie_in_the_file(llama, stored, form, keys):
     model = base(llama)
-    qsvft.use_factors(model, stored())
-    layer = layers(prepare(model))["model.layers.0.self_attn.o_proj"]
-    (key,) = layer.qsvft_bases
-    mapped = model.qsvft_factors.basis(layer.module_name, key, 64, 64, torch.device("cpu"))
-    assert layer.basis(key).stored.values.data_ptr() == mapped.stored.values.data_ptr()
+    qsvft.use_factors(model, stored(**form))
+    layer = layers(prepare(model, **form))["model.layers.0.self_attn.o_proj"]
+    assert list(layer.qsvft_bases) == keys
+    for key in layer.qsvft_bases:
+        mapped = model.qsvft_factors.basis(layer.module_name, key, 64, 64, torch.device("cpu"))
+        assert layer.basis(key).stored.values.data_ptr() == mapped.stored.values.data_ptr()
 
 
-def test_the_directory_itself_counts_nothing_among_what_is_held(llama, stored):
+@EACH_FORM
+def test_the_directory_itself_counts_nothing_among_what_is_held(llama, stored, form):
     model = base(llama)
-    qsvft.use_factors(model, stored())
+    qsvft.use_factors(model, stored(**form))
     assert qsvft.held_bytes(model) == qsvft.held_bytes(base(llama))
-    assert qsvft.held_bytes(prepare(model)) == qsvft.held_bytes(prepare(load(llama)))
+    assert qsvft.held_bytes(prepare(model, **form)) == qsvft.held_bytes(prepare(load(llama), **form))
 
 
 def test_without_stored_lengths_they_are_measured(llama, tmp_path, stored):
-    folder = stored()
+    folder = stored(**SHARED)
     path = folder / "model.safetensors"
-    kept = {name: t for name, t in load_file(path).items() if not name.endswith((".s", ".rms"))}
+    tensors = load_file(path)
+    kept = {name: t for name, t in tensors.items() if not name.endswith((".s", ".rms"))}
+    assert len(tensors) - len(kept) == 2 * 14
     save_file(kept, path)
     model = base(llama)
     model.qsvft_factors = factors_in(folder)
-    assert torch.equal(logits(randomize(prepare(model))), logits(randomize(prepare(load(llama)))))
+    assert torch.equal(logits(randomize(prepare(model, **SHARED))), logits(randomize(prepare(load(llama), **SHARED))))
 
 
-def test_the_progress_bar_counts_what_is_decomposed(llama, stored, monkeypatch):
+@EACH_FORM
+def test_the_progress_bar_counts_what_is_decomposed(llama, stored, form, monkeypatch):
     bars = []
 
     class Bar:
@@ -162,25 +181,27 @@ def test_the_progress_bar_counts_what_is_decomposed(llama, stored, monkeypatch):
         def close(self):
             pass
 
-    folder = stored(target_modules=["q_proj", "k_proj", "v_proj"])
+    folder = stored(**form, target_modules=["q_proj", "k_proj", "v_proj"])
     monkeypatch.setattr("qsvft.tuner.model.tqdm", Bar)
     model = base(llama)
     model.qsvft_factors = factors_in(folder)
-    prepare(model, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    prepare(model, **form, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     assert [(bar.done, bar.total) for bar in bars] == [(2, 2)]
 
 
-def test_NaN_in_a_weight_is_refused_on_stored_factors_too(llama, stored):
+@EACH_FORM
+def test_NaN_in_a_weight_is_refused_on_stored_factors_too(llama, stored, form):
     model = base(llama)
-    qsvft.use_factors(model, stored())
+    qsvft.use_factors(model, stored(**form))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.quant_state.offset.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj: its weight holds NaN or Inf"):
-        prepare(model)
+        prepare(model, **form)
 
 
-def test_damaged_factors_are_refused_by_the_tensors_name(llama, stored):
-    folder = stored()
+@EACH_FORM
+def test_damaged_factors_are_refused_by_the_tensors_name(llama, stored, form):
+    folder = stored(**form)
     path, name = folder / "model.safetensors", "qsvft.model/layers/1/mlp/down_proj.U_bf16.values"
     tensors = load_file(path)
     tensors[name][3, 3] = torch.nan
@@ -188,69 +209,73 @@ def test_damaged_factors_are_refused_by_the_tensors_name(llama, stored):
     model = base(llama)
     qsvft.use_factors(model, folder)
     with pytest.raises(ValueError, match=rf"model\.safetensors: the tensor {name} is NaN or Inf in places"):
-        prepare(model)
+        prepare(model, **form)
 
 
-def test_factors_in_other_bits_than_their_key_says_are_refused(llama, tmp_path):
-    factors = named_factors(qsvft.prepare(load(llama), bits=4, off_diagonals=2, factor_bits=8, progress=False))
+@pytest.mark.parametrize(("form", "owner"), [(SHARED, ""), ({}, r"\.q_proj")], ids=["shared", "default"])
+def test_factors_in_other_bits_than_their_key_says_are_refused(llama, tmp_path, form, owner):
+    factors = named_factors(prepare(load(llama), **form, factor_bits=8))
     renamed = {name.replace("int8", "bf16"): tensor for name, tensor in factors.items()}
     model = base(llama)
     model.qsvft_factors = factors_in(write(tmp_path, model, renamed))
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn: .* is held in 8 bits, expected 16"):
-        prepare(model)
+    with pytest.raises(ValueError, match=rf"^model\.layers\.0\.self_attn{owner}: .* is held in 8 bits, expected 16"):
+        prepare(model, **form)
 
 
-def test_adapters_of_several_ranks_share_the_stored_directions(llama, stored, monkeypatch):
+@pytest.mark.parametrize(("form", "bases"), [(SHARED, 1), ({}, 2)], ids=["shared", "default"])
+def test_adapters_of_several_ranks_share_the_stored_directions(llama, stored, form, bases, monkeypatch):
     model = base(llama)
-    qsvft.use_factors(model, stored(decomposition="exact"))
+    qsvft.use_factors(model, stored(**form, decomposition="exact"))
     forbid_decomposing(monkeypatch)
-    model = randomize(prepare(model, rank=12, decomposition="exact"))
+    model = randomize(prepare(model, **form, rank=12, decomposition="exact"))
     before = logits(model)
-    model.add_adapter("larger", QSVFTConfig(rank=30, off_diagonals=2, decomposition="exact", task_type="CAUSAL_LM"))
+    model.add_adapter("larger", QSVFTConfig(**form, rank=30, decomposition="exact", task_type="CAUSAL_LM"))
     assert torch.equal(logits(model), before)
     for layer in layers(model).values():
-        assert [basis.rank for basis in layer.held_bases().values()] == [30]
+        assert [basis.rank for basis in layer.held_bases().values()] == [30] * bases
     model.set_adapter("larger")
     assert not torch.equal(logits(randomize(model, "larger")), before)
 
 
 def test_layers_that_share_stored_directions_hold_them_once(llama, stored, monkeypatch):
     model = base(llama)
-    qsvft.use_factors(model, stored())
+    qsvft.use_factors(model, stored(**SHARED))
     forbid_decomposing(monkeypatch)
-    found = layers(prepare(model))
+    found = layers(prepare(model, **SHARED))
     bases = [found[f"model.layers.0.self_attn.{n}_proj"].held_bases() for n in "qkv"]
     assert len({id(basis) for held in bases for basis in held.values()}) == 1
     assert next(iter(bases[0].values())).last_input is not None
 
 
-def test_a_copied_model_takes_stored_factors_as_well(llama, stored, monkeypatch):
+@EACH_FORM
+def test_a_copied_model_takes_stored_factors_as_well(llama, stored, form, monkeypatch):
     model = base(llama)
-    qsvft.use_factors(model, stored())
-    expected = logits(randomize(prepare(copy.deepcopy(model))))
+    qsvft.use_factors(model, stored(**form))
+    expected = logits(randomize(prepare(copy.deepcopy(model), **form)))
     forbid_decomposing(monkeypatch)
-    adapted = randomize(prepare(copy.deepcopy(model)))
+    adapted = randomize(prepare(copy.deepcopy(model), **form))
     assert torch.equal(logits(copy.deepcopy(adapted)), expected)
 
 
-def test_what_was_computed_here_stays_beside_what_is_given_later(llama, stored, monkeypatch):
-    model = randomize(prepare(load(llama)))
+@EACH_FORM
+def test_what_was_computed_here_stays_beside_what_is_given_later(llama, stored, form, monkeypatch):
+    model = randomize(prepare(load(llama), **form))
     before = logits(model)
     with pytest.MonkeyPatch.context() as patch:
         turn_signs(patch)
-        folder = stored()
-        elsewhere = randomize(prepare(load(llama)), seed=5)
+        folder = stored(**form)
+        elsewhere = randomize(prepare(load(llama), **form), seed=5)
     expected = logits(elsewhere)
-    assert not torch.equal(expected, logits(randomize(prepare(load(llama)), seed=5)))
+    assert not torch.equal(expected, logits(randomize(prepare(load(llama), **form), seed=5)))
     model.get_base_model().qsvft_factors = factors_in(folder)
     forbid_decomposing(monkeypatch)
-    model.add_adapter("later", QSVFTConfig(off_diagonals=2, task_type="CAUSAL_LM"))
+    model.add_adapter("later", QSVFTConfig(**form, task_type="CAUSAL_LM"))
     assert torch.equal(logits(model), before)
     model.set_adapter("later")
     assert torch.equal(logits(randomize(model, "later", seed=5)), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"sides": "both"}, {"share_inputs": False}], ids=str)
+@pytest.mark.parametrize("options", [SHARED, {}, ONE_SIDED], ids=["shared", "default", "one-sided"])
 def test_an_adapter_trained_on_other_signs_fits_with_its_factors_alone(llama, tmp_path, stored, options):
     with pytest.MonkeyPatch.context() as patch:
         turn_signs(patch)
@@ -266,19 +291,21 @@ def test_an_adapter_trained_on_other_signs_fits_with_its_factors_alone(llama, tm
     assert torch.equal(logits(PeftModel.from_pretrained(model, tmp_path / "adapter")), expected)
 
 
-def test_an_adapter_trained_here_does_not_fit_other_factors(llama, tmp_path, stored):
-    randomize(prepare(load(llama))).save_pretrained(tmp_path / "adapter")
+@EACH_FORM
+def test_an_adapter_trained_here_does_not_fit_other_factors(llama, tmp_path, stored, form):
+    randomize(prepare(load(llama), **form)).save_pretrained(tmp_path / "adapter")
     with pytest.MonkeyPatch.context() as patch:
         turn_signs(patch)
-        folder = stored()
+        folder = stored(**form)
     model = base(llama)
     qsvft.use_factors(model, folder)
     with pytest.raises(ValueError, match="the weight is the same, but the factors given for it are others"):
         PeftModel.from_pretrained(model, tmp_path / "adapter")
 
 
-def test_a_forward_with_a_probe_of_other_factors_names_the_way_out(llama):
-    model = prepare(load(llama))
+@EACH_FORM
+def test_a_forward_with_a_probe_of_other_factors_names_the_way_out(llama, form):
+    model = prepare(load(llama), **form)
     layer = layers(model)["model.layers.0.self_attn.q_proj"]
     layer.qsvft_probe["default"].neg_()
     layer._verified.clear()
@@ -286,8 +313,9 @@ def test_a_forward_with_a_probe_of_other_factors_names_the_way_out(llama):
         logits(model)
 
 
-def test_use_factors_refuses_another_models_by_name(llama, other_llama, stored):
-    folder, model = stored(), base(other_llama)
+@EACH_FORM
+def test_use_factors_refuses_another_models_by_name(llama, other_llama, stored, form):
+    folder, model = stored(**form), base(other_llama)
     message = r"^model\.layers\.\d\.\S+_proj: the factors in .* belong to another weight .* differ by"
     with pytest.raises(ValueError, match=message):
         qsvft.use_factors(model, folder)
@@ -295,42 +323,47 @@ def test_use_factors_refuses_another_models_by_name(llama, other_llama, stored):
 
 
 @pytest.mark.parametrize(("here", "there"), [(16, 4), (8, 4), (4, 16)])
-def test_use_factors_refuses_other_bits(llama, stored, here, there):
-    folder = stored(bits=there)
+@EACH_FORM
+def test_use_factors_refuses_other_bits(llama, stored, here, there, form):
+    folder = stored(bits=there, **form)
     with pytest.raises(ValueError, match="belong to another weight than the model's: they differ by"):
         qsvft.use_factors(base(llama, here), folder)
 
 
-def test_use_factors_refuses_one_changed_weight_by_its_name(llama, stored):
-    folder, changed = stored(), load(llama)
+@EACH_FORM
+def test_use_factors_refuses_one_changed_weight_by_its_name(llama, stored, form):
+    folder, changed = stored(**form), load(llama)
     with torch.no_grad():
         changed.model.layers[1].self_attn.k_proj.weight.mul_(1.05)
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.self_attn\.k_proj: the factors .* differ by 0\.0"):
         qsvft.use_factors(qsvft.quantize(changed, 4, progress=False), folder)
 
 
-def test_use_factors_takes_weights_that_another_kernel_rounded(llama, stored, monkeypatch):
+@EACH_FORM
+def test_use_factors_takes_weights_that_another_kernel_rounded(llama, stored, form, monkeypatch):
     """Another quantiser may round a value halfway between two codes to the other."""
-    folder, model = stored(), base(llama)
+    folder, model = stored(**form), base(llama)
     for layer in model.model.layers:
         codes = layer.mlp.up_proj.weight.data
         codes[5, 0] = codes[5, 0] ^ 0x10
     expected = logits(model)
     qsvft.use_factors(model, folder)
     forbid_decomposing(monkeypatch)
-    assert torch.equal(logits(prepare(model)), expected)
+    assert torch.equal(logits(prepare(model, **form)), expected)
 
 
-def test_use_factors_refuses_another_shape(tmp_path, stored):
+@EACH_FORM
+def test_use_factors_refuses_another_shape(tmp_path, stored, form):
     narrow = save_llama(tmp_path / "narrow", intermediate_size=96)
-    folder = stored()
+    folder = stored(**form)
     with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.\S+: .*found shape \(\S+ \S+\) here .* and shape"):
         qsvft.use_factors(base(narrow), folder)
 
 
-def test_use_factors_refuses_a_model_without_the_layer(tmp_path, stored):
+@EACH_FORM
+def test_use_factors_refuses_a_model_without_the_layer(tmp_path, stored, form):
     shallow = save_llama(tmp_path / "shallow", num_hidden_layers=1)
-    folder = stored()
+    folder = stored(**form)
     with pytest.raises(ValueError, match=r"^model\.layers\.1\..*LlamaForCausalLM has no such module"):
         qsvft.use_factors(base(shallow), folder)
 
@@ -375,9 +408,10 @@ def test_use_factors_refuses_residual_weights(llama, tmp_path):
         qsvft.use_factors(base(llama), folder)
 
 
-def test_peft_functions_take_stored_factors_too(llama, stored, monkeypatch):
+@EACH_FORM
+def test_peft_functions_take_stored_factors_too(llama, stored, form, monkeypatch):
     model = base(llama)
-    qsvft.use_factors(model, stored())
+    qsvft.use_factors(model, stored(**form))
     forbid_decomposing(monkeypatch)
-    adapted = get_peft_model(model, QSVFTConfig(off_diagonals=2, task_type="CAUSAL_LM"))
+    adapted = get_peft_model(model, QSVFTConfig(**form, task_type="CAUSAL_LM"))
     assert len(layers(adapted)) == 14

@@ -35,4 +35,7 @@ def is_finished(folder: str | os.PathLike[str]) -> bool:
 def recorded_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a :class:`~qsvft.QSVFTConfig` that a directory was prepared for."""
     adapter = record.get("adapter") or {}
-    return {name: value for name, value in adapter.items() if name in FACTOR_FIELDS}
+    options = {name: value for name, value in adapter.items() if name in FACTOR_FIELDS}
+    if options.get("decomposition") == "auto" and options.get("rank", 0) is None and not options.get("rank_pattern"):
+        options["decomposition"] = "exact"  # what it was for all directions: a smaller rank reads the first of them
+    return options

@@ -1,6 +1,6 @@
 """The settings that may fit a card, from the most faithful and fastest down to the leanest.
 
-The ladder starts at full rank, bf16 factors and no checkpointing. Each rung keeps what the one above it has
+The ladder starts at the default rank, bf16 factors and no checkpointing. Each rung keeps what the one above it has
 and gives up one thing more, the cheapest first: time before exactness, exactness where no cost shows in
 training, and last the rank, since truncation is the one step that does cost there.
 """
@@ -8,7 +8,7 @@ training, and last the rank, since truncation is the one step that does cost the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,10 @@ from ...lean.switches import SWITCHES
 from ...lean.vocabulary import quantize_embeddings
 from ...storage.shapes_only import shapes_only
 from ...tuner.config import OPTIONS, QSVFTConfig
-from ...tuner.targets import check_targets, groups_of, shape_of
+from ...tuner.targets import check_targets, groups_of, rank_of, shape_of
 from ..methods import COUNTED, WRITTEN, Method
 
-RANKS = (2048, 1024, 512, 256, 128, 64)
+RANKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,12 @@ class Step:
 # factors and truncation do to training by benchmarks/quality.py.
 STEPS = (
     Step("gradient_checkpointing", True, "the same gradients; the forward runs a second time in the backward"),
-    Step("factor_bits", 8, "int8 singular vectors; no difference shows in training"),
-    Step("factor_bits", 4, "NF4 singular vectors, another basis than the exact one; no difference shows in training"),
+    Step("factor_bits", 8, "int8 factors; no difference shows in training"),
+    Step("factor_bits", 4, "NF4 factors, another basis than the exact one; no difference shows in training"),
     Step("quantize_embeddings", 8, "embeddings and head in int8; on a small model that moves the logits by 0.6%"),
     Step("offload", True, "checkpoints wait in host memory: the same gradients, for the time of the copies"),
     Step("quantize_embeddings", 4, "embeddings and head in NF4; on a small model that moves the logits by 5.5%"),
-    *(
-        Step("rank", rank, "fewer singular directions, which costs accuracy; more off_diagonals win part of it back")
-        for rank in RANKS
-    ),
+    *(Step("rank", rank, "fewer directions, which costs accuracy") for rank in RANKS),
 )
 
 
@@ -104,7 +101,8 @@ class Rung:
     def __str__(self) -> str:
         now = self.settings
         held = {16: "bf16", 8: "int8", 4: "NF4"}
-        rank = "full rank" if now["rank"] is None else f"rank {now['rank']}"
+        k = _config(now).rank
+        rank = "full rank" if k is None else f"rank {k}"
         factors = "no factors" if now.get("basis") == "hadamard" else f"{held[now['factor_bits']]} factors"
         parts = [f"{rank} with {factors}"]
         parts += [f"{held[now['quantize_embeddings']]} embeddings"] if now["quantize_embeddings"] != 16 else []
@@ -138,7 +136,7 @@ def ladder(model: PreTrainedModel, fixed: Mapping[str, Any]) -> list[Rung]:
 def _descend(model: PreTrainedModel, rung: Rung) -> Iterator[Rung]:
     yield rung
     for step in STEPS:
-        if step.option in rung.fixed:
+        if step.option in rung.fixed or (step.option == "rank" and step.value >= _largest_rank(model, rung.settings)):
             continue
         settings = {**rung.settings, step.option: step.value}
         if _takes(model, step, settings):
@@ -156,18 +154,22 @@ def _takes(model: PreTrainedModel, step: Step, settings: Mapping[str, Any]) -> b
     if step.option == "factor_bits" and settings.get("basis") == "hadamard":
         return False
     try:
-        names = _check(model, step.option, settings)
+        _check(model, step.option, settings)
     except ValueError:
         return False
-    if step.option == "rank":
-        groups = groups_of(model, _config(settings), names)
-        full = (groups[n].limit if n in groups else min(shape_of(model.get_submodule(n), n)) for n in names)
-        return bool(step.value < max(full))
     return True
 
 
-def _check(model: PreTrainedModel, option: str, settings: Mapping[str, Any]) -> Sequence[str]:
-    """Try an option on the shapes of a model; gives the names of the layers that will be adapted."""
+def _largest_rank(model: PreTrainedModel, settings: Mapping[str, Any]) -> int:
+    """The largest k of all layers."""
+    config = _config(settings)
+    names = check_targets(model, config)
+    groups = groups_of(model, config, names)
+    return max(rank_of(config, n, shape_of(model.get_submodule(n), n), groups.get(n)) for n in names)
+
+
+def _check(model: PreTrainedModel, option: str, settings: Mapping[str, Any]) -> None:
+    """Try an option on the shapes of a model."""
     if option == "quantize_embeddings":
         quantize_embeddings(copy.deepcopy(model), settings[option])
     elif option == "offload":
@@ -176,10 +178,9 @@ def _check(model: PreTrainedModel, option: str, settings: Mapping[str, Any]) -> 
             stop_offloading(model)
     else:
         try:
-            return check_targets(model, _config(settings))
+            check_targets(model, _config(settings))
         except TypeError as error:  # a target that is no linear layer
             raise ValueError(str(error)) from error
-    return ()
 
 
 def _config(settings: Mapping[str, Any]) -> QSVFTConfig:

@@ -80,14 +80,16 @@ def conv(tmp_path_factory):
     "options",
     [
         {},
+        {"share_inputs": True},
         {"bits": 8},
-        {"factor_bits": 4, "rank": 16},
-        {"factor_bits": 8, "share_inputs": False},
+        {"factor_bits": 4, "rank": 16, "share_inputs": True},
+        {"factor_bits": 8, "sides": "one"},
         {"sides": "both", "rank_pattern": {"k_proj": 12}},
         {"sides": "both", "residual": True, "rank": 24, "factor_bits": 4},
         {"basis": "hadamard"},
-        {"target_modules": ["q_proj", "k_proj", "down_proj"], "rank": 12},
+        {"target_modules": ["q_proj", "k_proj", "down_proj"], "rank": 12, "share_inputs": True},
         {"decomposition": "randomized", "rank": 12},
+        {"decomposition": "randomized", "rank": 12, "share_inputs": True},
         {"dtype": "bfloat16"},
     ],
     ids=str,
@@ -131,7 +133,7 @@ def test_what_makes_it_a_model(llama, tmp_path):
 
 
 def test_each_file_says_which_part_of_which_plan_it_is(llama, tmp_path):
-    folder = prepared(llama, tmp_path / "prepared")
+    folder = prepared(llama, tmp_path / "prepared", share_inputs=True)
     plans, names = set(), set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as handle:
@@ -154,8 +156,8 @@ def test_the_bar_shows_the_part_done_and_the_time_left(llama, tmp_path, monkeypa
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
     qsvft.prepare_checkpoint(llama, tmp_path / "prepared")
     shown = capfd.readouterr().err
-    assert re.search(r"preparing: +\d+%\|.*3/9 \[\d\d:\d\d<", shown)  # what was finished before is not done again
-    assert re.search(r"preparing: 100%\|.*9/9 \[\d\d:\d\d<00:00\]", shown)
+    assert re.search(r"preparing: +\d+%\|.*3/15 \[\d\d:\d\d<", shown)  # what was finished before is not done again
+    assert re.search(r"preparing: 100%\|.*15/15 \[\d\d:\d\d<00:00\]", shown)
 
 
 class Stops:
@@ -194,7 +196,7 @@ def same_files(left, right):
     )
 
 
-@pytest.mark.parametrize("after", range(10))
+@pytest.mark.parametrize("after", range(16))
 def test_interrupted_anywhere_it_goes_on_with_what_is_finished(llama, whole, tmp_path, monkeypatch, after):
     total = len(list(whole.glob("*.safetensors")))
     with monkeypatch.context() as patch:
@@ -214,7 +216,7 @@ def test_interrupted_anywhere_it_goes_on_with_what_is_finished(llama, whole, tmp
 
 def test_killed_at_once_it_goes_on(tmp_path):
     source = save_llama(tmp_path / "source", hidden_size=256, intermediate_size=512, num_hidden_layers=6)
-    target, command = tmp_path / "prepared", [sys.executable, "-c", HALTING, "prepare", str(source)]
+    target, command = tmp_path / "prepared", [sys.executable, "-c", HALTING, "prepare", "--share-inputs", str(source)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*command, str(target)], env=environment, text=True, **pipes) as process:
@@ -225,10 +227,10 @@ def test_killed_at_once_it_goes_on(tmp_path):
     assert len(finished) == 2
     assert len(list((target / targets.WRITING).iterdir())) == 1
     assert not targets.is_finished(target)
-    prepared(source, target)
+    prepared(source, target, share_inputs=True)
     kept = {name for name, changed in finished.items() if (target / name).stat().st_mtime_ns == changed}
     assert kept == finished.keys()
-    assert same_tensors(tensors_in(target), tensors_in(prepared(source, tmp_path / "again")))
+    assert same_tensors(tensors_in(target), tensors_in(prepared(source, tmp_path / "again", share_inputs=True)))
 
 
 def test_a_kill_between_the_index_and_the_clearing_up_leaves_a_finished_model(llama, whole, tmp_path):
@@ -259,7 +261,7 @@ def test_only_whole_parts_of_the_same_plan_count(llama, whole, tmp_path, monkeyp
         save_file(load_file(first), first, metadata=metadata)
     else:
         (folder / targets.WRITING).mkdir()
-        (folder / targets.WRITING / "model-00001-of-00009.safetensors-7").write_bytes(b"half")
+        (folder / targets.WRITING / "model-00001-of-00015.safetensors-7").write_bytes(b"half")
         (folder / targets.WRITING / ".tmp123").write_bytes(b"half")
     prepared(llama, folder)
     assert same_files(folder, whole)
@@ -388,7 +390,7 @@ def test_a_disk_that_fills_up_leaves_whole_parts_and_says_how_to_go_on(llama, wh
 
     with monkeypatch.context() as patch:
         patch.setattr(targets, "write_tensors", filling)
-        with pytest.raises(OSError, match=r"No space left on device.* 3 of 9 parts .*run the same again") as caught:
+        with pytest.raises(OSError, match=r"No space left on device.* 3 of 15 parts .*run the same again") as caught:
             prepared(llama, tmp_path / "prepared")
     assert caught.value.errno == errno.ENOSPC
     assert len(list((tmp_path / "prepared").glob("*.safetensors*"))) == 3
@@ -432,8 +434,10 @@ def test_bad_options_are_refused_before_anything_is_written(llama, tmp_path, opt
 
 
 @pytest.mark.slow
-def test_workers_give_what_one_process_gives(llama, whole, tmp_path):
-    assert same_files(prepared(llama, tmp_path / "prepared", workers=2), whole)
+@pytest.mark.parametrize("options", [{}, {"share_inputs": True}], ids=str)
+def test_workers_give_what_one_process_gives(llama, tmp_path, options):
+    found, expected = (prepared(llama, tmp_path / str(n), workers=n, **options) for n in (2, 1))
+    assert same_files(found, expected)
 
 
 @pytest.mark.slow

@@ -68,11 +68,15 @@ def basis(tensors, name, size, quant_map):
     return rounded(quant_map[codes(found)] * numpy.repeat(absmax, 128, axis=1))[:, :size]
 
 
-@pytest.fixture(scope="module", params=[16, 8, 4])
+ONE_SIDED = [{"factor_bits": bits, "share_inputs": True} for bits in (16, 8, 4)]
+FORMS = [*ONE_SIDED, *({"factor_bits": bits} for bits in (16, 8, 4))]
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=str)
 def directory(request, llama, tmp_path_factory):
     """A prepared llama, and what numpy reads of it."""
     folder = tmp_path_factory.mktemp("format") / "prepared"
-    qsvft.prepare_checkpoint(llama, folder, factor_bits=request.param, dtype="bfloat16", progress=False)
+    qsvft.prepare_checkpoint(llama, folder, dtype="bfloat16", progress=False, **request.param)
     return folder, read(folder)
 
 
@@ -104,6 +108,7 @@ def stored_bases(tensors):
 
 
 @pytest.mark.anywhere
+@pytest.mark.parametrize("directory", ONE_SIDED, indirect=True, ids=str)
 def test_factors_and_their_lengths(directory, llama):
     _, tensors = directory
     model = qsvft.quantize(load(llama), progress=False)
@@ -125,10 +130,26 @@ def test_factors_and_their_lengths(directory, llama):
 
 
 @pytest.mark.anywhere
-def test_the_library_reads_the_same_entries(directory):
+def test_the_library_reads_the_same_entries(directory, llama):
     folder, tensors = directory
     files = AutoModelForCausalLM.from_pretrained(folder).qsvft_factors
     quant_map = tensors["model.layers.0.mlp.up_proj.weight.quant_map"]
+    shapes = {name: weight.shape for name, weight in load(llama).named_parameters()}
     for owner, key, rank in stored_bases(tensors):
-        held = files.basis(owner.replace("/", "."), key, rank, 64, torch.device("cpu")).dense(torch.float32)
-        assert numpy.array_equal(basis(tensors, f"qsvft.{owner}.{key}", 64, quant_map), held.numpy())
+        name = owner.replace("/", ".")
+        size = next(shape for of, shape in shapes.items() if of.startswith(f"{name}."))[key[0] == "V"]
+        held = files.basis(name, key, rank, size, torch.device("cpu")).dense(torch.float32)
+        assert numpy.array_equal(basis(tensors, f"qsvft.{owner}.{key}", size, quant_map), held.numpy())
+
+
+@pytest.mark.anywhere
+def test_both_sides_are_singular_vectors_of_the_weight_as_held(llama, tmp_path):
+    tensors = read(qsvft.prepare_checkpoint(llama, tmp_path / "prepared", dtype="bfloat16", progress=False))
+    model = qsvft.quantize(load(llama), progress=False)
+    owners = {owner for owner, _, _ in stored_bases(tensors)}
+    assert len(owners) == 14
+    for owner in owners:
+        W = dense_weight(model.get_submodule(owner.replace("/", "."))).double().numpy()
+        U, V = (tensors[f"qsvft.{owner}.{side}_bf16.values"].astype(numpy.float64) for side in "UV")
+        s = numpy.linalg.svd(W, compute_uv=False)
+        assert numpy.allclose(U @ W @ V.T, numpy.diag(s), atol=0.02 * s[0])

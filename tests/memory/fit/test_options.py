@@ -82,7 +82,7 @@ def test_the_layers_are_exactly_those_of_the_recommendation(llama, rungs, place)
 )
 def test_a_large_card_gets_the_best_settings_however_it_is_written(model, fit):
     found = described(qsvft.prepare(model, fit=fit))
-    assert (found["rank"], found["factor_bits"], found["checkpointing"]) == (None, 16, False)
+    assert (found["rank"], found["factor_bits"], found["checkpointing"]) == (128, 16, False)
     assert not found["vocabulary"] and not found["offload"]
 
 
@@ -115,7 +115,7 @@ def test_a_model_in_4_bits_already_gets_what_a_dense_one_gets(llama, rungs):
         {"gradient_checkpointing": True, "offload": True},
         {"gradient_checkpointing": False},
         {"quantize_embeddings": 8, "factor_bits": 8},
-        {"rank": 16, "share_inputs": False},
+        {"rank": 16, "share_inputs": True},
         {"pattern": "plain", "chunked_loss": False},
         {"target_modules": ["q_proj"]},
         {"quantize_embeddings": 16, "offload": False},
@@ -235,7 +235,7 @@ def test_options_beside_a_recommendation_have_to_be_its_own(llama):
     unchanged(load(llama), r"rank=16 is not.*recommend\(\.\.\., rank=16\)", fit=found, rank=16)
     unchanged(load(llama), "factor_bits=4 is not", fit=found, factor_bits=4)
     same = qsvft.prepare(
-        load(llama), fit=found, factor_bits=8, offload=False, rank=None, pattern="banded", share_inputs=True
+        load(llama), fit=found, factor_bits=8, offload=False, rank=None, pattern="dense", share_inputs=False
     )
     assert described(same)["factor_bits"] == 8
 

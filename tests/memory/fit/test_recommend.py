@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, ViTCon
 import qsvft
 from qsvft import QSVFTConfig
 from qsvft.memory import parse_method
-from qsvft.memory.cards import GIB, fits, needed_bytes
+from qsvft.memory.cards import GIB, fits, needed_bytes, usable_bytes
 from qsvft.memory.fit.ladder import DEFAULTS, FIXABLE, RANKS, STEPS, ladder
 from qsvft.memory.scenario import Scenario
 from qsvft.memory.shapes import model_without_values
@@ -109,18 +109,23 @@ def test_the_ladder_starts_at_the_best_and_ends_with_every_step_taken(rungs):
     assert {step.option for step in rungs[-1].steps} == set(last)
 
 
+def ranks(**fixed):
+    """The ranks on the way down."""
+    return list(dict.fromkeys(rung.settings["rank"] for rung in ladder(model_without_values(CONFIG), fixed)))
+
+
 def test_ranks_that_save_nothing_or_that_a_layer_does_not_have_are_left_out():
-    assert [rung.settings["rank"] for rung in ladder(model_without_values(CONFIG), {})][-3:] == [256, 128, 64]
-    apart = ladder(model_without_values(CONFIG), {"share_inputs": False})
-    assert {rung.settings["rank"] for rung in apart} == {None, 256, 128, 64}  # k and v have 256 directions
-    wide = ladder(model_without_values(CONFIG), {"off_diagonals": 100})
-    assert {rung.settings["rank"] for rung in wide} == {None, 256, 128}
-    assert set(RANKS) > {256, 128, 64}
+    assert ranks() == [None, 64, 32, 16]  # None is 128 for a dense M
+    assert ranks(pattern="banded", share_inputs=True) == [None, 256, 128, 64, 32, 16]
+    assert ranks(pattern="banded", sides="one") == [None, 256, 128, 64, 32, 16]  # k and v have 256 directions
+    assert ranks(pattern="banded", off_diagonals=100) == [None, 256, 128]
+    assert ranks(target_modules=["k_proj"], pattern="plain") == [None, 128, 64, 32, 16]
+    assert set(RANKS) > {256, 128, 64, 32, 16}
 
 
 def test_the_defaults_are_those_of_prepare(model):
-    config = QSVFTConfig()
-    assert (config.rank, config.factor_bits) == (DEFAULTS["rank"], DEFAULTS["factor_bits"])
+    config, ours = QSVFTConfig(), QSVFTConfig(rank=DEFAULTS["rank"], factor_bits=DEFAULTS["factor_bits"])
+    assert (config.rank, config.factor_bits) == (ours.rank, ours.factor_bits) == (128, 16)
     prepared = qsvft.prepare(model).get_base_model()
     told = {name: DEFAULTS[name] for name in ("gradient_checkpointing", "quantize_embeddings", "offload")}
     assert told == {
@@ -137,9 +142,10 @@ def test_the_defaults_are_those_of_prepare(model):
         {"rank": 128},
         {"factor_bits": 8},
         {"factor_bits": 16, "share_inputs": False},
+        {"pattern": "banded", "share_inputs": True},
         {"share_inputs": [["q_proj", "k_proj"]]},
         {"pattern": "plain"},
-        {"off_diagonals": 2, "tail_damping": 0.05},
+        {"pattern": "banded", "sides": "one", "off_diagonals": 2, "tail_damping": 0.05},
         {"sides": "both"},
         {"basis": "hadamard"},
         {"decomposition": "exact"},
@@ -153,6 +159,7 @@ def test_the_defaults_are_those_of_prepare(model):
 )
 def test_a_fixed_option_stays_as_it_is_on_every_rung(fixed):
     rungs = ladder(model_without_values(CONFIG), fixed)
+    largest = 512 if "pattern" in fixed else 128
     for rung in rungs:
         assert {name: rung.settings[name] for name in fixed} == fixed
         assert not {step.option for step in rung.steps} & set(fixed)
@@ -164,10 +171,9 @@ def test_a_fixed_option_stays_as_it_is_on_every_rung(fixed):
         impossible = {
             "factor_bits": fixed.get("basis") == "hadamard",
             "offload": fixed.get("gradient_checkpointing") is False,
-            "rank": step.value >= 512 or (fixed.get("share_inputs", True) is not True and step.value > 256),
+            "rank": step.value >= largest,
         }
-        if step.option != "rank" or fixed.get("sides") != "both":
-            assert reached is not impossible.get(step.option, False), step
+        assert reached is not impossible.get(step.option, False), step
 
 
 def test_offloading_keeps_checkpoints_and_so_needs_them():
@@ -220,7 +226,7 @@ def test_the_method_says_to_the_profiler_what_was_counted(peaks):
     [row] = qsvft.profile(CONFIG, [found.method], seq_len=TOKENS).rows
     assert row.peak_bytes == found.peak_bytes
     assert parse_method(found.method).options == {
-        "rank": 128,
+        "rank": 32,
         "factor_bits": 4,
         "quantize_embeddings": 4,
         "offload": True,
@@ -286,7 +292,7 @@ def line(monkeypatch, base, tokens_a_gib):
 def test_each_change_lets_the_leanest_settings_fit_and_is_the_smallest(
     monkeypatch, rungs, base, batch_size, seq_len, expected
 ):
-    line(monkeypatch, base, 585)
+    line(monkeypatch, base, 615)
     found = qsvft.recommend(CONFIG, 5, seq_len, batch_size)
     assert not found.fits and found.options == rungs[-1].options
     assert [name for change in found.changes for name in change] == expected
@@ -322,7 +328,7 @@ def test_the_text_names_the_numbers_the_steps_and_the_line_to_run(peaks):
 
 
 def test_the_text_says_what_does_not_fit_and_never_rounds_it_down_to_the_card(monkeypatch):
-    peak = int((8 * GIB - 0.75 * GIB) / 1.04) + 100
+    peak = usable_bytes(8) + 100
     made_up(monkeypatch, lambda options, batch_size, seq_len: peak)
     found = recommend(8, rank=None)
     text = str(found)
