@@ -326,3 +326,30 @@ def test_the_dense_base_holds_the_numbers_of_the_quantised_one(data, tmp_path):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             losses.append(float(task.loss(model, batch)))
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_a_job_takes_the_best_rate_of_the_sweep_that_it_names():
+    sweep = job("gsm8k", "LoRA r=8", held="dense")
+    last = job("gsm8k", "LoRA r=8", held="nf4", swept="dense", seeds=(0, 1))
+    losses = {4e-3: 1.0, 8e-3: 1.2, 2e-3: 1.1, 1e-3: 1.3}
+    rows = [{**sweep.identity(rate, 0), "loss": loss} for rate, loss in losses.items()]
+    assert last.next_run(rows[:3]) is None  # the sweep goes on
+    for seed in (0, 1):
+        assert last.next_run(rows) == (4e-3, seed)
+        rows.append({**last.identity(4e-3, seed), "loss": 1.0})
+    assert last.next_run(rows) is None
+
+
+def test_a_method_that_fails_stops_no_other(monkeypatch, data, tmp_path):
+    from methods import Method
+    from studies import Job
+
+    def broken(*_):
+        raise RuntimeError("a package's own")
+
+    monkeypatch.setattr("studies.next_run", lambda start, seeds, losses: None if losses else (start, 0))
+    jobs = [Job("boolq", Method("broken", "torch", 1e-3, {}, broken), 2, 4), job("boolq", "LoRA r=8")]
+    with pytest.raises(SystemExit, match="1 methods failed"):
+        call(monkeypatch, jobs, data, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["before training", "LoRA r=8"]
