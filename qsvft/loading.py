@@ -26,7 +26,7 @@ from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .prepare import attach_lean
 from .storage.factor_files import FactorFiles
-from .tuner.calibration import check_calibration
+from .tuner.calibration import check_calibration, with_basis
 from .tuner.config import QSVFTConfig
 from .tuner.targets import check_targets, groups_of
 from .tuner.tasks import config_for, left_whole
@@ -99,16 +99,15 @@ def from_pretrained(
             "from_pretrained(): fit chooses what is in a config; give fit with single options, or a config or an "
             "adapter without it"
         )
-    if calibration is not None and config is None and adapter is None:
-        fields = {"basis": "data", **fields}
     hub: dict[str, Any] = {"revision": revision, "token": token}
     options = {**lean, **fields}
     if prepared_record(_read_config(path_or_id, hub)) is None:
         wanted, held = (config, 4) if adapter is None else _of_adapter(adapter)
-        job = open_job(path_or_id, held if bits is None else bits, wanted, fields, dtype=dtype, **hub)
+        given = with_basis(fields, calibration) if wanted is None else fields
+        job = open_job(path_or_id, held if bits is None else bits, wanted, given, dtype=dtype, **hub)
         if fit is not None:
             options, fit = fitting_options(job.model, fit, job.bits, options, progress), None
-            job = replace(job, given=without_switches(options)[1])
+            job = replace(job, given=with_basis(without_switches(options)[1], calibration))
         path_or_id, hub = prepared_in_cache(job, cache_dir, workers, chosen_device(device), progress), {}
     model, record = _load(path_or_id, bits, dtype, device_map, hub)
     if fit is not None:
@@ -117,7 +116,7 @@ def from_pretrained(
         use_factors(model, factors)
     lean, fields = without_switches(options)
     if config is None and adapter is None:
-        config = config_for(model, {**recorded_options(record), **fields})
+        config = config_for(model, {**recorded_options(record), **with_basis(fields, calibration)})
     if config is not None:
         check_calibration(config, calibration)
         _check_factors(path_or_id, model, config)

@@ -21,7 +21,7 @@ from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .storage.alignment import align_tensors
 from .storage.quantization import quantize
-from .tuner.calibration import calibrate, check_calibration
+from .tuner.calibration import calibrate, check_calibration, with_basis
 from .tuner.config import QSVFTConfig
 from .tuner.progress import progress_bars
 from .tuner.targets import check_targets
@@ -74,8 +74,6 @@ def prepare(
     """
     lean, fields = without_switches(options)
     switches = Switches(**lean)
-    if calibration is not None and config is None:
-        fields = {"basis": "data", **fields}
     if config is not None and fields:
         raise ValueError(f"prepare(): give either config or single options, got both: {sorted(fields)}")
     _refuse_prepared(model)
@@ -84,7 +82,7 @@ def prepare(
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
         options = fitting_options(model, fit, bits, {**lean, **fields}, progress)
         return prepare(model, bits, adapter_name=adapter_name, calibration=calibration, progress=progress, **options)
-    config = config if config is not None else config_for(model, fields)
+    config = config if config is not None else config_for(model, with_basis(fields, calibration))
     check_calibration(config, calibration)
     trained_whole = [*(config.modules_to_save or []), *left_whole(config)]
     targets = check_targets(model, config, left_whole(config))  # before anything is changed

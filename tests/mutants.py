@@ -206,6 +206,20 @@ MUTANTS = (
         ("tuner/test_calibration.py",),
     ),
     Mutant(
+        "alpha of a layer that reads zeros alone divides by their energy",
+        "tuner/calibration.py",
+        "** 0.5 if held else 0.0",
+        "** 0.5 if True else 0.0",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
+        "a recommendation is held against options as they are written, not as they are meant",
+        "memory/fit/options.py",
+        "return vars(QSVFTConfig(**{**adapter, key: value})) != counted",
+        "return bool({**adapter}.get(key) != value)",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
         "calibration looks at all batches",
         "tuner/calibration.py",
         "few = islice(batches, MOST_BATCHES)",
@@ -214,9 +228,9 @@ MUTANTS = (
     ),
     Mutant(
         "calibration given, and the basis stays singular",
-        "prepare.py",
-        'fields = {"basis": "data", **fields}',
-        "pass",
+        "tuner/calibration.py",
+        'else {"basis": "data", **fields}',
+        "else dict(fields)",
         ("tuner/test_calibration.py",),
     ),
     Mutant(

@@ -254,7 +254,7 @@ REFUSALS = {
     "a rank over the limit": (
         None,
         {"rank": 65},
-        r"rank=65 is over the limit of every layer; .*q_proj, which has the most .*, is 64 x 64\. .* 64, or None",
+        r"rank=65 is over the limit of every layer; .*q_proj, which has the most .*, is 64 x 64\. .* at most 64\.",
     ),
     "as many off-diagonals as the rank": (
         None,

@@ -1,6 +1,6 @@
 """Options, each declared once: a dataclass field that carries what its readers need.
 
-    rank: int | None = option(None, INTEGER, "Singular directions per layer; None for all.",
+    rank: int | None = option(None, INTEGER, "Directions per layer; None for the default.",
                               "an integer of at least 1", lambda value: ..., of_factors=True, counted=True)
 
 From there it reaches :func:`qsvft.prepare` and :func:`qsvft.from_pretrained`, ``qsvft prepare``'s command line (what a

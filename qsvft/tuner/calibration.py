@@ -8,9 +8,9 @@ random signs changes W x by as much as W x is on average:
 
     alpha² = Σ |W x|² / (k Σ |Vᵀ x|²)           |W|_F² / k² where x is as large in every direction
 
-In these directions the second moments of the gradient Σ g xᵀ are as far from
-even as they can be, so that its k x k corner holds the most; and AdamW, which divides by them, comes close to what
-Shampoo and SOAP do for whole weights (arXiv 2409.11321).
+In these directions the second moments of the gradient Σ g xᵀ are as far from even as they can be, so that its k x k
+corner holds the most; and AdamW, which divides by them, comes close to what Shampoo and SOAP do for whole weights
+(arXiv 2409.11321).
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ def calibrate(model: nn.Module, config: QSVFTConfig, batches: Iterable[Batch], l
             watch.see(model, send_to_device(batch, next(model.parameters()).device), loss)
     holder: Any = model
     holder.qsvft_directions = watch.directions()
+
+
+def with_basis(fields: Mapping[str, Any], calibration: object) -> dict[str, Any]:
+    """Fields of a config that were given one by one: with data, its basis is "data" where they name none."""
+    return dict(fields) if calibration is None else {"basis": "data", **fields}
 
 
 def check_calibration(config: QSVFTConfig, calibration: object) -> None:
@@ -162,7 +167,8 @@ class _Watch:
                 energies, rows = sketch.directions()
                 bases[name, BasisKey.data(side, bits, rows.shape[0])] = StoredBasis(StoredMatrix.hold(rows, bits))
                 if side == "V":
-                    lengths[name] = (rows.shape[0] * self._outputs[name] / float(energies.sum())) ** 0.5
+                    held = float(energies.sum())  # none where all inputs were zeros
+                    lengths[name] = (rows.shape[0] * self._outputs[name] / held) ** 0.5 if held else 0.0
         return DataDirections(bases, lengths)
 
 

@@ -130,8 +130,8 @@ class QSVFTConfig(PeftConfig):
     rank: int | None = option(
         None,
         INTEGER,
-        "Singular directions per layer; None for all.",
-        "an integer of at least 1, or None for full rank",
+        "Directions per layer; None is 128 for a dense M, and all for the others.",
+        "an integer of at least 1, or None",
         lambda value: value is None or is_integer(value, 1),
         of_factors=True,
         counted=True,

@@ -78,7 +78,7 @@ def _check_rank(config: QSVFTConfig, shapes: Mapping[str, tuple[int, int]], grou
         m, n = shapes[most]
         raise ValueError(
             f"rank={config.rank} is over the limit of every layer; {most}, which has the most directions, is {m} x "
-            f"{n}. Expected a rank of at most {limit}, or None for full rank."
+            f"{n}. Expected a rank of at most {limit}."
         )
 
 

@@ -252,3 +252,29 @@ def test_a_prepared_directory_takes_directions_from_data(llama, tmp_path, prepar
     model = qsvft.from_pretrained(tmp_path / "prepared", calibration=batches(), device_map="cpu", progress=False)
     assert model.peft_config["default"].basis == "data"
     assert all("_data_8" in key for layer in layers(model).values() for key in layer.qsvft_bases)
+
+
+@pytest.mark.parametrize("given", [{}, {"rank": 128}, {"sides": "both"}], ids=str)
+def test_a_recommendation_goes_with_calibration_and_with_what_it_was_counted_with(llama, given):
+    found = qsvft.recommend(load(llama), card_gib=2, progress=False)
+    model = qsvft.prepare(load(llama), fit=found, calibration=batches(), progress=False, **given)
+    assert model.peft_config["default"].basis == "data" and model.peft_config["default"].rank == 128
+    with pytest.raises(ValueError, match="rank=16 is not what the recommendation was counted with"):
+        qsvft.prepare(load(llama), fit=found, calibration=batches(), rank=16, progress=False)
+
+
+def test_a_checkpoint_takes_directions_from_data(llama, tmp_path):
+    options = {"cache_dir": tmp_path, "device_map": "cpu", "progress": False, "calibration": batches()}
+    model = qsvft.from_pretrained(llama, rank=8, **options)
+    assert model.peft_config["default"].basis == "data"
+    assert qsvft.from_pretrained(llama, config=QSVFTConfig(**OPTIONS, task_type="CAUSAL_LM"), **options)
+
+
+def test_a_layer_that_reads_zeros_alone_has_the_unit_one():
+    net = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 16))
+    net[0].weight.data.zero_()
+    net[0].bias.data.zero_()
+    config = QSVFTConfig(target_modules=["1"], rank=8, basis="data")
+    qsvft.calibrate(net, config, [torch.randn(9, 48)], lambda model, x: model(x).square().mean())
+    (layer,) = layers(get_peft_model(net, config)).values()
+    assert layer.units["default"] == 1.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...tuner.config import QSVFTConfig
+from ...tuner.config import OPTIONS, QSVFTConfig
 from ..cards import GIB
 from .ladder import DEFAULTS
 from .recommend import Recommendation, recommend
@@ -61,9 +61,15 @@ def _found(model: nn.Module, fit: object, given: Mapping[str, Any], progress: bo
 
 def _checked(found: Recommendation, given: Mapping[str, Any]) -> Recommendation:
     """A recommendation was counted with all its options; others beside it would change its bytes."""
-    adapter = {key: value for key, value in found.options.items() if key in QSVFTConfig.__dataclass_fields__}
-    counted = {**vars(QSVFTConfig(**adapter)), **DEFAULTS, **found.options}
-    other = next((key for key, value in given.items() if counted.get(key, _MISSING) != value), None)
+    adapter = {key: value for key, value in found.options.items() if key in OPTIONS}
+    counted, switches = vars(QSVFTConfig(**adapter)), {**DEFAULTS, **found.options}
+
+    def differs(key: str, value: Any) -> bool:
+        if key in OPTIONS:  # None may mean what was counted
+            return vars(QSVFTConfig(**{**adapter, key: value})) != counted
+        return bool(switches.get(key, _MISSING) != value)
+
+    other = next((key for key, value in given.items() if differs(key, value)), None)
     if other is not None:
         raise ValueError(
             f"fit: {other}={given[other]!r} is not what the recommendation was counted with; expected it among what "
