@@ -5,8 +5,10 @@ import math
 import multiprocessing
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
@@ -132,27 +134,59 @@ def test_a_run_is_hopeless_where_it_is_far_above_the_best_of_the_same_batches():
 # Examples
 
 
-def test_choices_are_told_apart_by_one_token_of_the_answer():
+def test_the_text_of_a_choice_is_asked_for_in_place_of_its_number():
     from questions import encode
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "base-model")
-    example = encode("which?\n\nAnswer format: one/two", "two", tokenizer)
-    first = [tokenizer(name, add_special_tokens=False).input_ids for name in ("one", "two")]
-    assert example.choices == (first[0][0], first[1][0]) and example.place == 0
-    example = encode("which?\n\nAnswer format: a1/a2/a3", "a2", tokenizer)
-    assert len(set(example.choices)) == 3
-    assert example.answer[example.place] == example.choices[1]
-    assert encode("what?", "that", tokenizer).choices == ()
+    example = encode("which?\n\nAnswer1: a cat Answer2: dogs\n\nAnswer format: answer1/answer2", "answer2", tokenizer)
+    open_question = encode("which?", "dogs", tokenizer)
+    assert open_question.choices == ()
+    assert (example.prompt, example.answer, example.text) == (open_question.prompt, open_question.answer, "dogs")
+    assert example.choices == tuple(encode("which?", text, tokenizer).answer for text in ("a cat", "dogs"))
+    named = encode("which?\n\nAnswer format: one/two", "two", tokenizer)
+    assert named.answer == named.choices[1] and "format" in tokenizer.decode(named.prompt)
 
 
-def test_choices_that_part_at_different_tokens_are_refused():
+def test_a_question_whose_choices_are_not_as_said_is_refused():
     from questions import encode
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "base-model")
-    with pytest.raises(SystemExit, match="does not tell apart"):
-        encode("which?\nAnswer format: aa/ab/b", "b", tokenizer)
+    with pytest.raises(SystemExit, match="none of 'one', 'two'"):
+        encode("which?\n\nAnswer format: one/two", "three", tokenizer)
+    with pytest.raises(SystemExit, match="2 choices wanted, each once, found 1"):
+        encode("which?\n\nAnswer1: a cat\n\nAnswer format: answer1/answer2", "answer1", tokenizer)
+
+
+@torch.no_grad()
+def test_the_likeliest_choice_is_the_answer_given():
+    from language import LanguageTask
+    from questions import encode
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = ROOT / "examples" / "base-model"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    asked = [
+        f"which {n}?\n\nAnswer1: abc Answer2: b Answer3: {'c' * n}\n\nAnswer format: answer1/answer2/answer3"
+        for n in (2, 3)
+    ]
+
+    def likelihood(example, choice):
+        ids = torch.tensor([example.prompt + choice])
+        losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        return -float(losses[len(example.prompt) - 1 :].sum())
+
+    rows = [[encode(prompt, f"answer{n}", tokenizer) for n in (1, 2, 3)] for prompt in asked]
+    best = [max(range(3), key=lambda n: likelihood(own[n], own[n].answer)) for own in rows]
+    base = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
+
+    def accuracy(held_out):
+        return LanguageTask("choices", base, [], held_out, torch.zeros(0)).accuracy(model)
+
+    assert accuracy([rows[0][best[0]], rows[1][best[1]]]) == 1.0
+    assert accuracy([rows[0][best[0]], rows[1][(best[1] + 1) % 3]]) == 0.5
 
 
 def test_a_bad_line_of_the_data_is_named(tmp_path, encoder):
@@ -187,8 +221,9 @@ def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, d
         assert 0 <= row["accuracy"] <= 1 and row["own_text"] > 0, name
         assert {"machine", "versions", "commit"} <= set(row)
     base = found["before training"]
-    # FRoD rebuilds every weight in bf16, and the authors' gate starts with an M that is not zero.
-    exact = [name for name in METHODS if name not in ("FRoD", "authors' SVFT d=8, gate")]
+    # FRoD rebuilds every weight in bf16, and two start with an M that is not zero.
+    others = ("FRoD", "authors' SVFT d=8, gate", "tried: from the error, dense k=96")
+    exact = [name for name in METHODS if name not in others]
     first = {name: found[name]["losses"][0] for name in exact}
     assert first == {name: pytest.approx(first["LoRA r=8"], abs=0.05) for name in exact}
     costs = tmp_path / "costs.json"

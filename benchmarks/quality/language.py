@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +66,29 @@ class LanguageTask:
         """``loss`` on held-out answers, ``accuracy`` by the likelihood of each choice, ``own_text`` (see below)."""
         model.eval()
         pad = self.base.tokenizer.pad_token_id
-        total, count, right, asked = 0.0, 0, 0, 0
+        total, count = 0.0, 0
         for rows in batches(self.held_out, EVALUATED_AT_ONCE):
             logits, wanted = _at_answers(model, collate(rows, pad))
             total += float(F.cross_entropy(logits.float(), wanted, reduction="sum"))
-            start = 0
-            for example in rows:
-                if example.choices:
-                    found = logits[start + example.place, list(example.choices)].argmax()
-                    right += example.choices[int(found)] == example.answer[example.place]
-                    asked += 1
-                start += len(example.answer)
-            count += start
+            count += wanted.numel()
         scores = {"loss": total / count, "own_text": self.own_text_loss(model)}
-        if asked:
-            scores["accuracy"] = right / asked
+        if any(example.choices for example in self.held_out):
+            scores["accuracy"] = self.accuracy(model)
         if self.exact_match:
             scores["exact_match"] = self.matches(model)
         return scores
+
+    def accuracy(self, model: nn.Module) -> float:
+        """The part of the questions with choices whose right choice is the likeliest of them."""
+        asked = [example for example in self.held_out if example.choices]
+        rows = [replace(e, answer=choice) for e in asked for choice in e.choices]
+        likelihoods: dict[tuple[Any, ...], float] = {}
+        for together in batches(rows, EVALUATED_AT_ONCE):
+            logits, wanted = _at_answers(model, collate(together, self.base.tokenizer.pad_token_id))
+            losses = F.cross_entropy(logits.float(), wanted, reduction="none").split([len(e.answer) for e in together])
+            likelihoods |= {(e.prompt, e.answer): -float(loss.sum()) for e, loss in zip(together, losses, strict=True)}
+        right = sum(max(e.choices, key=lambda choice: likelihoods[e.prompt, choice]) == e.answer for e in asked)
+        return right / len(asked)
 
     def own_text_loss(self, model: nn.Module) -> float:
         """Loss of the texts that the model wrote before it was trained; what it grows by is what is forgotten."""

@@ -202,6 +202,9 @@ METHODS = {
             form(f"tried: input/output, whitened by {p}, dense k=96", "output", "input", 96, 2e-3, whitened=p)
             for p in (0.5, 0.0)
         ),
+        *(form(f"tried: one-sided input, dense k={k}", "through", "input", k, 4e-3, whitened=0.0) for k in (96, 128)),
+        form("tried: from the error, dense k=96", "output", "input", 96, 4e-3, whitened=0.0, m_from="error"),
+        form("tried: one-sided svd, dense k=96", "through", "svd", 96, 4e-3, whitened=0.0),
         form("tried: input/output, dense k=192", "output", "input", 192),
         form("tried: input/output, dense, as LoRA r=8", "output", "input", 0, as_lora=8),
         form("tried: input/output, entries by gradient", "output", "input", 10**9, entries="gradient", per_row=16),

@@ -1,13 +1,15 @@
 """Examples of a language task as token ids, read from JSON Lines: GSM8K's rows, or a prompt and its completion.
 
-A prompt whose last line reads "Answer format: answer1/answer2/answer3" is a question with choices. They have to agree
-in all tokens before the first in which they differ, so that one forward tells the likelihood of each.
+A prompt whose last line reads "Answer format: answer1/answer2" is a question with choices. Where it spells them out
+("Answer1: bears Answer2: grass"), their texts are asked for in place of their numbers, which so small a model does not
+learn to point at: the question alone is the prompt, and the text of the right choice the answer.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,15 +35,13 @@ class Example:
 
     Attributes:
         prompt, answer: token ids; the answer ends with the token that ends a text.
-        choices: of each choice, the token in which it differs from the others.
-        place: where in the answer that token stands.
+        choices: the answers that it has to choose from, the right one among them; none where it is free.
         text: the answer as it was written.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    choices: tuple[int, ...]
-    place: int
+    choices: tuple[tuple[int, ...], ...]
     text: str
 
     def __len__(self) -> int:
@@ -80,22 +80,27 @@ def encode(prompt: str, answer: str, tokenizer: Any) -> Example:
     def ids(text: str) -> tuple[int, ...]:
         return (*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
 
-    last = prompt.rpartition("\n")[2]
-    names = last.removeprefix(FORMAT).split("/") if last.startswith(FORMAT) else []
-    choices, place = _told_apart([ids(name) for name in names])
-    return Example(tuple(tokenizer(prompt + "\n").input_ids), ids(answer), choices, place, answer)
+    question, texts = _choices(prompt)
+    if texts and answer not in texts:
+        sys.exit(f"error: the answer {answer!r} is none of {', '.join(map(repr, texts))}: {prompt!r}")
+    written = texts.get(answer, answer)
+    choices = tuple(ids(text) for text in texts.values())
+    return Example(tuple(tokenizer(question + "\n").input_ids), ids(written), choices, written)
 
 
-def _told_apart(answers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], int]:
-    """The tokens in which the answers differ, and where they stand; none where there are no choices."""
-    for place, tokens in enumerate(zip(*answers, strict=False)):
-        if len(set(tokens)) == len(tokens):
-            return tokens, place
-        if len(set(tokens)) > 1:
-            break
-    if answers:
-        sys.exit(f"error: choices that one token does not tell apart: {answers}")
-    return (), 0
+def _choices(prompt: str) -> tuple[str, dict[str, str]]:
+    """The question without its choices, and the text of each choice by its name; an open question has none."""
+    asked, _, last = prompt.rpartition("\n")
+    if not last.startswith(FORMAT):
+        return prompt, {}
+    names = last.removeprefix(FORMAT).split("/")
+    marks = [f"{name.capitalize()}: " for name in names]
+    if marks[0] not in asked:
+        return prompt, {name: name for name in names}
+    parts = re.split("|".join(map(re.escape, marks)), asked)
+    if len(parts) != len(names) + 1:
+        sys.exit(f"error: {len(names)} choices wanted, each once, found {len(parts) - 1}: {prompt!r}")
+    return parts[0].strip(), {name: text.strip() for name, text in zip(names, parts[1:], strict=True)}
 
 
 def batches(examples: Sequence[Example], size: int) -> list[list[Example]]:

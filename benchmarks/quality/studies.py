@@ -215,12 +215,18 @@ STUDIES: dict[str, list[Job]] = {
             "tried: singular, plain",
         )
     ],
-    "data": [
-        Job("gsm8k", METHODS["data, dense k=96"], **LONG),
-        *(Job("arc-easy", METHODS[name], **LONG) for name in ("LoRA r=8", "data, dense k=96")),
-        Job("gsm8k", METHODS["data, dense k=56"], **LONG),
-        *(Job("boolq", METHODS[name], **LONG) for name in ("LoRA r=8", "data, dense k=96")),
+    "data": [Job("gsm8k", METHODS[name], **LONG) for name in ("data, dense k=96", "data, dense k=128")],
+    "choices": [
+        Job(task, METHODS[name], **LONG)
+        for names in (("LoRA r=8", "data, dense k=96"), ("LoRA r=16", "data, dense k=128"), ("full fine-tuning",))
+        for task in ("arc-easy", "openbookqa")
+        for name in names
     ],
+    "ideas": [
+        Job("gsm8k", METHODS[f"tried: {name}, dense k=96"], batch_size=4)
+        for name in ("from the error", "one-sided input", "one-sided svd")
+    ],
+    "few": [Job("gsm8k", METHODS["data, dense k=56"], **LONG)],
     "card": [
         *(Job("gsm8k", METHODS[name], **LONG) for name in FRONTIER),
         *(Job(task, METHODS[name], **LONG) for task in CHOICES for name in ON_CHOICES),

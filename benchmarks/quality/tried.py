@@ -5,10 +5,12 @@ U and V are each one of
     svd       singular vectors of W                       gradient  those of the loss's gradient on a few batches
     input     leading directions of the layer's inputs    output    those of the gradient of its outputs
     random    an orthonormal matrix                       whole     the identity: M has a row (or column) for each
+    through   (U alone) W V, not orthonormal: W (x + V (alpha M)(Vᵀ x)), one-sided
 
 and M is dense (U's k by V's k), or a band, or the entries of the largest gradient. alpha makes a step of AdamW at
 the learning rate 1 as large as W itself: |W| / sqrt(entries). With ``whitened`` = p it is measured on the inputs, so
-that the step changes W x as much, and the directions of the inputs are weighed by their energies lambda_j ** -p.
+that the step changes W x as much, and the directions of the inputs are weighed by their energies lambda_j ** -p. With
+``m_from`` = "error", alpha M starts at what the two sides see of the base's rounding, Uᵀ (W before it - W) V.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from base import BF16
 from torch import Tensor, nn
 
 Statistics = dict[str, dict[str, Tensor]]
@@ -40,6 +43,11 @@ class Updated(nn.Module):
         shape = self.shape if self.places is None else self.places.shape
         self.M = nn.Parameter(torch.zeros(shape, device=layer.weight.device))
 
+    def start_at(self, change: Tensor) -> None:
+        """Let alpha M, dense, be what U and V see of a change of W."""
+        assert self.U is not None and self.V is not None
+        self.M.data.copy_(self.U.float() @ change.float() @ self.V.float().t() / self.alpha)
+
     def forward(self, x: Tensor) -> Tensor:
         M = self.M
         if self.places is not None:
@@ -55,12 +63,18 @@ def tried(base: nn.Module, options: dict[str, Any], setting: Any) -> nn.Module:
     head = base.get_output_embeddings()
     layers = {name: one for name, one in base.named_modules() if isinstance(one, nn.Linear) and one is not head}
     kinds = {NEEDED[side] for side in (options["U"], options["V"]) if side in NEEDED}
-    kinds |= {"gradient"} if options.get("entries") == "gradient" else set()
+    kinds |= ({"gradient"} if options.get("entries") == "gradient" else set()) | (
+        {"inputs"} if WHITENED in options else set()
+    )
     seen = statistics(base, layers, setting, kinds) if kinds else {name: {} for name in layers}
     generator = torch.Generator().manual_seed(setting.seed)
+    unrounded = setting.task.load(BF16, setting.seed) if options.get("m_from") == "error" else None
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(base.get_submodule(parent), leaf, _updated(layer, seen[name], options, generator))
+        made = _updated(layer, seen[name], options, generator)
+        if unrounded is not None:
+            made.start_at(unrounded.get_submodule(name).weight - layer.weight)
+        setattr(base.get_submodule(parent), leaf, made)
     return base
 
 
@@ -111,7 +125,8 @@ def _updated(layer: nn.Linear, seen: dict[str, Tensor], options: dict[str, Any],
             rows = _eigenvectors(seen[NEEDED[name]], k)
         return _orthonormal(k, k, generator).to(rows.device) @ rows if options.get("turned") else rows
 
-    U, V = side(options["U"], 0), side(options["V"], 1)
+    V = side(options["V"], 1)
+    U = V @ W.t() if options["U"] == "through" and V is not None else side(options["U"], 0)
     inside = None
     if "off_diagonals" in options:
         index = torch.arange(k)
@@ -131,6 +146,8 @@ def _updated(layer: nn.Linear, seen: dict[str, Tensor], options: dict[str, Any],
         weights = (energy / energy.mean()).pow(-options[WHITENED])
         V = weights.unsqueeze(1) * V
         size = (k * ((W @ C) * W).sum() / (weights.square() * energy).sum()).sqrt()
+        if U is not None:
+            size = size * k**0.5 / U.norm()
     return Updated(layer, U, V, float(size) / entries**0.5, inside)
 
 
