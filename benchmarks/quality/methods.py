@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import peft
 import torch
-from base import NF4
+from base import BF16, NF4
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tried import tried
@@ -98,6 +98,21 @@ def _peft(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Modu
         return get_peft_model(base, config(target_modules="all-linear", task_type=setting.task.kind, **fields))
 
 
+def _loftq(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
+    """LoRA that starts at the leading singular directions of what NF4 lost, as one round of LoftQ does."""
+    unrounded = setting.task.load(BF16, setting.seed)
+    fields = {"r": options["r"], "lora_alpha": options["r"], "lora_dropout": 0.0}
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type=setting.task.kind, **fields))
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            lost = unrounded.get_submodule(name).weight.float() - layer.weight.float()
+            U, s, Vt = torch.linalg.svd(lost, full_matrices=False)
+            root = s[: options["r"]].sqrt()
+            layer.lora_A["default"].weight.data.copy_(root.unsqueeze(1) * Vt[: options["r"]])
+            layer.lora_B["default"].weight.data.copy_(U[:, : options["r"]] * root)
+    return model
+
+
 def _authors(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
     """The authors' code: U (S + M) Vᵀ rebuilt in every forward; with their gate M is sigmoid(gate) * F, F not zero."""
     for name, layer in list(base.named_modules()):
@@ -171,6 +186,7 @@ METHODS = {
         lora(8, 4e-3),
         lora(16, 4e-3),
         lora(2, 8e-3),
+        Method("LoRA r=16, LoftQ's", "peft", 4e-3, {"r": 16, "start": "svd of W - NF4(W)"}, _loftq),
         lora(8, 4e-3, "rsLoRA", use_rslora=True, lora_alpha=math.isqrt(8)),
         lora(8, 4e-3, "DoRA", use_dora=True),
         rival("BOFT b=4", 4e-3, "BOFTConfig", boft_block_size=4),
@@ -204,6 +220,7 @@ METHODS = {
         ),
         *(form(f"tried: one-sided input, dense k={k}", "through", "input", k, 4e-3, whitened=0.0) for k in (96, 128)),
         form("tried: from the error, dense k=96", "output", "input", 96, 4e-3, whitened=0.0, m_from="error"),
+        form("tried: corrected, dense k=96", "output", "input", 96, 2e-3, whitened=0.0, corrected=True),
         form("tried: one-sided svd, dense k=96", "through", "svd", 96, 4e-3, whitened=0.0),
         form("tried: input/output, dense k=192", "output", "input", 192),
         form("tried: input/output, dense, as LoRA r=8", "output", "input", 0, as_lora=8),

@@ -226,6 +226,12 @@ STUDIES: dict[str, list[Job]] = {
         Job("gsm8k", METHODS[f"tried: {name}, dense k=96"], batch_size=4)
         for name in ("from the error", "one-sided input", "one-sided svd")
     ],
+    "corrected": [
+        Job("gsm8k", METHODS["tried: corrected, dense k=96"], batch_size=4),
+        Job("gsm8k", METHODS["singular, dense k=96"], batch_size=4, held=RESIDUAL, seeds=(0, 1, 2)),
+        Job("gsm8k", METHODS["LoRA r=16, LoftQ's"], batch_size=4),
+        Job("gsm8k", METHODS["data, dense k=96"], batch_size=4, held=RESIDUAL),
+    ],
     "few": [Job("gsm8k", METHODS["data, dense k=56"], **LONG)],
     "card": [
         *(Job("gsm8k", METHODS[name], **LONG) for name in FRONTIER),

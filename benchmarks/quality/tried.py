@@ -10,7 +10,8 @@ U and V are each one of
 and M is dense (U's k by V's k), or a band, or the entries of the largest gradient. alpha makes a step of AdamW at
 the learning rate 1 as large as W itself: |W| / sqrt(entries). With ``whitened`` = p it is measured on the inputs, so
 that the step changes W x as much, and the directions of the inputs are weighed by their energies lambda_j ** -p. With
-``m_from`` = "error", alpha M starts at what the two sides see of the base's rounding, Uᵀ (W before it - W) V.
+``m_from`` = "error", alpha M starts at what the two sides see of the base's rounding, Uᵀ (W before it - W) V; with
+``corrected`` the base gets back what V sees of it, (W before it - W) V Vᵀ.
 """
 
 from __future__ import annotations
@@ -68,12 +69,18 @@ def tried(base: nn.Module, options: dict[str, Any], setting: Any) -> nn.Module:
     )
     seen = statistics(base, layers, setting, kinds) if kinds else {name: {} for name in layers}
     generator = torch.Generator().manual_seed(setting.seed)
-    unrounded = setting.task.load(BF16, setting.seed) if options.get("m_from") == "error" else None
+    wanted = options.get("m_from") == "error" or options.get("corrected")
+    unrounded = setting.task.load(BF16, setting.seed) if wanted else None
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         made = _updated(layer, seen[name], options, generator)
         if unrounded is not None:
-            made.start_at(unrounded.get_submodule(name).weight - layer.weight)
+            lost = unrounded.get_submodule(name).weight.float() - layer.weight.float()
+            if options.get("corrected"):
+                V = made.V.float()
+                layer.weight.data += (lost @ V.t() @ V).to(layer.weight.dtype)
+            else:
+                made.start_at(lost)
         setattr(base.get_submodule(parent), leaf, made)
     return base
 
