@@ -3,8 +3,8 @@
     python benchmarks/decomposition.py [--width 4096] [--inner 11008] [--rank 256] [--device cuda] [--json FILE]
     python benchmarks/decomposition.py --quick
 
-The matrices of a Llama layer (width x width, inner x width, width x inner), q, k, v and gate, up stacked as where they
-share a basis, and a small square one; bf16, with a bulk, a few large directions and a tail. Shown are:
+The matrices of a Llama layer (width x width, inner x width, width x inner) and a small square one; bf16, with a bulk, a
+few large directions and a tail. Shown are:
 
 - seconds, wall time, and beside it that of measuring the scale |W v_j| of the bf16 vectors (one-sided form);
 - orthogonality, the largest entry of |V Vᵀ - I| (of both factors where there are two);
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from qsvft.maths.decomposition import EXACT, Decomposer, decompose, shared_directions, small_side
+from qsvft.maths.decomposition import EXACT, Decomposer, decompose, small_side
 from qsvft.maths.patterns import banded
 from qsvft.maths.subspace import leading_directions
 from qsvft.storage.factors import StoredBasis, measured_scale
@@ -62,25 +62,22 @@ WAYS = (
     Way("float32, both sides", FLOAT32, "both", False),
     Way("float32 randomized, one side", RANDOMIZED_FLOAT32, "one", True),
 )
-# What a layer of a Llama decomposes, with layers that read the same input sharing a basis, or each for itself.
-SHARED = {"q, k, v": 1, "width x width": 1, "gate, up": 1, "width x inner": 1}
-ALONE = {"width x width": 4, "inner x width": 2, "width x inner": 1}
+LAYER = {"width x width": 4, "inner x width": 2, "width x inner": 1}
+"""How many of each matrix a layer of a Llama has."""
 
 
-def cases(small: int, width: int, inner: int) -> dict[str, list[tuple[int, int]]]:
+def cases(small: int, width: int, inner: int) -> dict[str, tuple[int, int]]:
     return {
-        "small": [(small, small)],
-        "width x width": [(width, width)],
-        "inner x width": [(inner, width)],
-        "width x inner": [(width, inner)],
-        "q, k, v": 3 * [(width, width)],
-        "gate, up": 2 * [(inner, width)],
+        "small": (small, small),
+        "width x width": (width, width),
+        "inner x width": (inner, width),
+        "width x inner": (width, inner),
     }
 
 
-def make_weight(m: int, n: int, seed: int) -> Tensor:
+def make_weight(m: int, n: int) -> Tensor:
     """Like a language model's: a Gaussian matrix plus a decaying low-rank part, bf16."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     few = min(32, m, n)
     bulk = torch.randn(m, n, generator=generator) / max(m, n) ** 0.5
     left, right = (torch.randn(size, few, generator=generator) / size**0.5 for size in (m, n))
@@ -100,22 +97,20 @@ def timed(run: Any, device: torch.device) -> tuple[Any, float]:
 Factors = dict[str, Tensor]
 
 
-def factors_of(weights: list[Tensor], rank: int, way: Way) -> Factors:
+def factors_of(weight: Tensor, rank: int, way: Way) -> Factors:
     """ "U" and "V" as rows, where the form has them."""
-    if len(weights) > 1:
-        return {"V": shared_directions(lambda: weights, rank, way.method)[1]}
-    parts = decompose(weights[0], rank, "both" if way.sides == "both" else "one", way.method)
+    parts = decompose(weight, rank, "both" if way.sides == "both" else "one", way.method)
     return {side: rows for side, rows in (("U", parts.U), ("V", parts.V)) if rows is not None}
 
 
-def elsewhere(weights: list[Tensor], rank: int, way: Way) -> Factors:
-    """The same with one thread; for weights on another device, on the CPU."""
+def elsewhere(weight: Tensor, rank: int, way: Way) -> Factors:
+    """The same with one thread; for a weight on another device, on the CPU."""
     threads = torch.get_num_threads()
-    if weights[0].device.type != "cpu":
-        return factors_of([weight.cpu() for weight in weights], rank, way)
+    if weight.device.type != "cpu":
+        return factors_of(weight.cpu(), rank, way)
     torch.set_num_threads(1)
     try:
-        return factors_of(weights, rank, way)
+        return factors_of(weight, rank, way)
     finally:
         torch.set_num_threads(threads)
 
@@ -128,18 +123,14 @@ def orthogonality(factors: Factors) -> float:
     return worst
 
 
-def truncation_error(weights: list[Tensor], factors: Factors) -> float:
-    """|W - W VᵀV| / |W|, or |W - UᵀU W| / |W|, of stacked weights; with both factors |W - UᵀU W VᵀV| / |W|."""
-    lost = total = 0.0
-    for weight in weights:
-        W = weight.double()
-        kept = W
-        if "V" in factors:
-            kept = (kept @ factors["V"].double().T) @ factors["V"].double()
-        if "U" in factors:
-            kept = factors["U"].double().T @ (factors["U"].double() @ kept)
-        lost, total = lost + float((W - kept).square().sum()), total + float(W.square().sum())
-    return (lost / total) ** 0.5
+def truncation_error(weight: Tensor, factors: Factors) -> float:
+    """|W - W VᵀV| / |W|, or |W - UᵀU W| / |W|; with both factors |W - UᵀU W VᵀV| / |W|."""
+    W = kept = weight.double()
+    if "V" in factors:
+        kept = (kept @ factors["V"].double().T) @ factors["V"].double()
+    if "U" in factors:
+        kept = factors["U"].double().T @ (factors["U"].double() @ kept)
+    return float((W - kept).norm() / W.norm())
 
 
 def same_elsewhere(here: Factors, there: Factors) -> tuple[float, float]:
@@ -155,41 +146,36 @@ def same_elsewhere(here: Factors, there: Factors) -> tuple[float, float]:
     return equal, changed
 
 
-def scale_seconds(weights: list[Tensor], factors: Factors) -> float:
+def scale_seconds(weight: Tensor, factors: Factors) -> float:
     ((side, rows),) = factors.items()
     basis = StoredBasis(StoredMatrix.hold(rows, 16))
-    return timed(lambda: [measured_scale(W, basis, side, len(rows)) for W in weights], weights[0].device)[1]
+    return timed(lambda: measured_scale(weight, basis, side, len(rows)), weight.device)[1]
 
 
-def least_errors(weights: list[Tensor]) -> Tensor:
+def least_errors(weight: Tensor) -> Tensor:
     """The least error of any rank k, at index k - 1."""
-    wide = small_side(weights[0].shape) == "output"
-    gram = sum((W.double() @ W.double().T if wide else W.double().T @ W.double()) for W in weights)
-    assert isinstance(gram, Tensor)
-    squares = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    W = weight.double()
+    squares = torch.linalg.eigvalsh(W @ W.T if small_side(W.shape) == "output" else W.T @ W).flip(0).clamp_min(0)
     return (1 - squares.cumsum(0) / squares.sum()).clamp_min(0).sqrt()
 
 
-def measure(name: str, shapes: list[tuple[int, int]], rank: int, device: torch.device) -> list[dict[str, Any]]:
-    weights = [make_weight(*shape, seed=i).to(device) for i, shape in enumerate(shapes)]
-    limit = min(sum(m for m, _ in shapes), shapes[0][1])
-    least = least_errors(weights)
+def measure(name: str, shape: tuple[int, int], rank: int, device: torch.device) -> list[dict[str, Any]]:
+    weight = make_weight(*shape).to(device)
+    limit, least = min(shape), least_errors(weight)
     rows = []
     for way in WAYS:
-        if way.sides == "both" and len(weights) > 1:
-            continue  # only the one-sided form shares
         k = min(rank, limit) if way.truncated else limit
-        factors, seconds = timed(lambda way=way, k=k: factors_of(weights, k, way), device)
-        equal, changed = same_elsewhere(factors, elsewhere(weights, k, way))
-        error = truncation_error(weights, factors)
+        factors, seconds = timed(lambda way=way, k=k: factors_of(weight, k, way), device)
+        equal, changed = same_elsewhere(factors, elsewhere(weight, k, way))
+        error = truncation_error(weight, factors)
         rows.append(
             {
                 "matrix": name,
-                "shapes": shapes,
+                "shape": shape,
                 "way": way.name,
                 "rank": k,
                 "seconds": seconds,
-                "scale_s": scale_seconds(weights, factors) if way.sides == "one" else None,
+                "scale_s": scale_seconds(weight, factors) if way.sides == "one" else None,
                 "orthogonality": orthogonality(factors),
                 "error": error,
                 "error_over_least": error / float(least[k - 1]) if k < limit else None,
@@ -230,12 +216,11 @@ def energies(size: int, ranks: list[int]) -> list[dict[str, Any]]:
 def model_minutes(rows: list[dict[str, Any]], layers: int) -> list[dict[str, Any]]:
     """Minutes for all layers, with the scale in the one-sided form."""
     found = []
-    for sharing, parts in (("shared inputs", SHARED), ("each layer alone", ALONE)):
-        for way in WAYS:
-            seconds = {row["matrix"]: row["seconds"] + (row["scale_s"] or 0) for row in rows if row["way"] == way.name}
-            if parts.keys() <= seconds.keys():
-                minutes = layers * sum(count * seconds[matrix] for matrix, count in parts.items()) / 60
-                found.append({"way": way.name, "inputs": sharing, "minutes": minutes})
+    for way in WAYS:
+        seconds = {row["matrix"]: row["seconds"] + (row["scale_s"] or 0) for row in rows if row["way"] == way.name}
+        if LAYER.keys() <= seconds.keys():
+            minutes = layers * sum(count * seconds[matrix] for matrix, count in LAYER.items()) / 60
+            found.append({"way": way.name, "minutes": minutes})
     return found
 
 
@@ -256,10 +241,8 @@ def show(rows: list[dict[str, Any]], about: dict[str, Any]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("matrix", "way") else "right")
     for row in rows:
-        shapes = row["shapes"]
-        shape = f"{len(shapes)} x " * (len(shapes) > 1) + "{} x {}".format(*shapes[0])
         table.add_row(
-            shape,
+            "{} x {}".format(*row["shape"]),
             row["way"],
             str(row["rank"]),
             f"{row['seconds']:.2f}",
@@ -306,16 +289,16 @@ def main() -> None:
     }
     console, rows = Console(width=150), []
     matrices = cases(options.small, options.width, options.inner)
-    for name, shapes in matrices.items():
-        Console(stderr=True).print(f"{name}: {shapes} ...", highlight=False)
-        rows += measure(name, shapes, options.rank, device)
+    for name, shape in matrices.items():
+        Console(stderr=True).print(f"{name}: {shape} ...", highlight=False)
+        rows += measure(name, shape, options.rank, device)
     held = energies(options.width, [max(options.rank // 8, 1), max(options.rank // 2, 1), options.rank])
     minutes = model_minutes(rows, options.layers)
     console.print(show(rows, about))
     title = "Energy of randomized directions, of what as many directions can hold"
     console.print(simple(title, held, {"spectrum": "", "size": "d", "rank": "d", "energy": ".5f", "worst": ".4f"}))
     title = f"A model of {options.layers} layers, width {options.width}, inner {options.inner}"
-    console.print(simple(title, minutes, {"way": "", "inputs": "", "minutes": ".1f"}))
+    console.print(simple(title, minutes, {"way": "", "minutes": ".1f"}))
     if options.json:
         figures = {"about": about, "rows": rows, "energies": held, "model_minutes": minutes}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qsvft.maths.basis import Basis
 from qsvft.maths.patterns import Pattern, banded
-from qsvft.maths.updates import bounded_inverse, sparse_update, two_sided_update
+from qsvft.maths.updates import sparse_update, two_sided_update
 from qsvft.storage.factors import make_bases, measured_scale
 
 
@@ -47,7 +47,7 @@ def scales() -> dict[str, Scale | None]:
         return lambda s, rms: torch.where(s < tau * rms, torch.zeros_like(s), 1 / s.clamp_min(1e-12))
 
     def bounded(tau: float) -> Scale:
-        return lambda s, rms: bounded_inverse(s, rms, tau)
+        return lambda s, rms: 1 / torch.maximum(s, tau * rms).clamp_min(1e-12)
 
     return {
         "two-sided": None,

@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parsed = parser.parse_args()
-    form = {"sides": "one", "pattern": "banded", "share_inputs": True}
+    form = {"sides": "one", "pattern": "banded"}
     options = {**form, "rank": parsed.rank, "factor_bits": parsed.factor_bits}
     rows = []
     for layers in parsed.layers:

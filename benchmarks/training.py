@@ -26,19 +26,12 @@ import qsvft
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import finetune
 
-ALONE = {"sides": "one", "pattern": "banded"}
-SHARED = {**ALONE, "share_inputs": True}
+ONE_SIDED = {"sides": "one", "pattern": "banded"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "two-sided": {"sides": "both", "pattern": "banded"},
-    "one-sided, tau 0.1": ALONE,
-    "one-sided, tau 0.03": {**ALONE, "tail_damping": 0.03},
-    "one-sided, 1/s unbounded": {**ALONE, "tail_damping": 0.0},
-    "one-sided, int8": {**ALONE, "factor_bits": 8},
-    "one-sided, NF4": {**ALONE, "factor_bits": 4},
-    "one-sided, shared": SHARED,
-    "one-sided, NF4, shared": {**SHARED, "factor_bits": 4},
-    "hadamard": {**ALONE, "basis": "hadamard"},
-    "hadamard, shared": {**SHARED, "basis": "hadamard"},
+    "one-sided": ONE_SIDED,
+    "one-sided, int8": {**ONE_SIDED, "factor_bits": 8},
+    "one-sided, NF4": {**ONE_SIDED, "factor_bits": 4},
     "two-sided, residual, int8": {"sides": "both", "pattern": "banded", "residual": True, "factor_bits": 8},
 }
 RATES = (1e-2, 2e-2, 4e-2)

@@ -28,7 +28,7 @@ from .prepare import attach_lean
 from .storage.factor_files import FactorFiles
 from .tuner.calibration import check_calibration, with_basis
 from .tuner.config import QSVFTConfig
-from .tuner.targets import check_targets, groups_of
+from .tuner.targets import check_targets
 from .tuner.tasks import config_for, left_whole
 from .use_factors import use_factors
 
@@ -193,13 +193,13 @@ def _check_factors(name: str | os.PathLike[str], model: PreTrainedModel, config:
     if config.basis != "singular" or not isinstance(files, FactorFiles):
         return
     targets = check_targets(model, config, left_whole(config))
-    for stored in stored_forms(model, config, targets, groups_of(model, config, targets)):
+    for stored in stored_forms(model, config, targets):
         for key in stored.form.keys:
-            held = files.rank(stored.owner, key)
+            held = files.rank(stored.layer, key)
             if held < stored.rank:
                 found = f"{held} directions" if held else "none"
                 raise ValueError(
-                    f"{stored.owner}: the options need {stored.rank} directions under {key!r}, found {found} in "
+                    f"{stored.layer}: the options need {stored.rank} directions under {key!r}, found {found} in "
                     f"{name}, which was prepared with {_short(files)}. Leave those options out, or prepare the "
                     "original checkpoint with them: qsvft.prepare_checkpoint(source, target, ...)."
                 )

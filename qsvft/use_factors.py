@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint.prepared.record import read_record, recorded_fields
 from .storage.factor_files import FactorFiles
 from .storage.tensor_files import TensorFiles
 from .storage.weights import check_weight, dense_weight
@@ -32,7 +33,8 @@ def use_factors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model carries adapters; a layer's weight differs by more than 1e-2 from that in the directory,
-            or is not there; the directory holds no factors, or those of residual bases.
+            or is not there; the directory holds no factors, those of residual bases, or those of an option that this
+            version does not have.
         FileNotFoundError: no checkpoint in the directory.
     """
     adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
@@ -41,6 +43,7 @@ def use_factors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             f"{adapted}: the model carries adapters already; expected one without any. Call use_factors() before "
             "prepare(), get_peft_model() or PeftModel.from_pretrained()."
         )
+    recorded_fields((read_record(directory) or {}).get("adapter") or {}, os.fspath(directory))
     tensors = TensorFiles.from_folder(directory)
     factors = FactorFiles(tensors.paths)
     if not factors:
@@ -54,7 +57,7 @@ def use_factors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "leave; expected those of the model. Load the model from it: qsvft.from_pretrained(directory)."
         )
     modules = dict(model.named_modules())
-    layers = dict.fromkeys(name.owner for name in factors if not (name.of_basis and name.key.shared))
+    layers = dict.fromkeys(name.layer for name in factors)
     if (missing := next((name for name in layers if name not in modules), None)) is not None:
         raise ValueError(
             f"{missing}: {directory} holds factors for this layer, {type(model).__name__} has no such module. Expected "

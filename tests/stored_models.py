@@ -36,9 +36,8 @@ def named_factors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in layers(model).items():
         for form in layer.forms.values():
-            owner = name if form.group is None else name.rpartition(".")[0]
             for key in form.keys:
-                tensors |= factor_tensors(owner, key, layer.basis(key))
+                tensors |= factor_tensors(name, key, layer.basis(key))
             if form.kind != "both":
                 basis, side = layer.basis(form.inward), form.inward[0]
                 tensors |= length_tensors(

@@ -96,8 +96,8 @@ ARCHITECTURES = {
 }
 
 
-SHARED = {"share_inputs": True, "pattern": "banded", "off_diagonals": 2}
-EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
+ONE_SIDED = {"sides": "one", "pattern": "banded", "off_diagonals": 2}
+EACH_FORM = pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

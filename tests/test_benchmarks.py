@@ -57,12 +57,6 @@ def test_residual(tmp_path, bert):
     assert figures["losses"].keys() == {"bf16", *figures["errors"]["MiniLM"]}
 
 
-def test_basis(tmp_path):
-    _, figures = run("basis.py", tmp_path, "--size", "128", "--tokens", "16", "--prepare-size", "64", "--repeats", "1")
-    held = {row["basis"]: row["bytes"] for row in figures["rows"]}
-    assert held["singular, bf16"] == 2 * 128 * 128 and held["hadamard"] == 128 + 64 * 64
-
-
 def test_decomposition(tmp_path):
     sizes = ("--small", "64", "--width", "640", "--inner", "672", "--rank", "64", "--layers", "2")
     shown, figures = run("decomposition.py", tmp_path, *sizes)
@@ -71,9 +65,7 @@ def test_decomposition(tmp_path):
     randomized = of_square["randomized, one side"]
     assert exact["error"] < 1e-9 and exact["orthogonality"] < 1e-12
     assert truncated["error_over_least"] < 1 + 1e-9 < randomized["error_over_least"] < 1.1
-    stacked = {row["way"] for row in figures["rows"] if row["matrix"] == "q, k, v"}
-    assert "exact, one side" in stacked and "exact, both sides" not in stacked
-    assert {row["inputs"] for row in figures["model_minutes"]} == {"shared inputs", "each layer alone"}
+    assert {row["way"] for row in figures["model_minutes"]} == of_square.keys()
     energy = {row["spectrum"]: row["energy"] for row in figures["energies"]}
     assert 0.9 < energy["flat (Marchenko-Pastur)"] < energy["j^-1.0"] < 1 + 1e-9 and "randomized" in shown
 

@@ -1,4 +1,4 @@
-"""A directory and an adapter that an earlier version wrote are read, and mean what they meant."""
+"""A directory and an adapter that an earlier version wrote are read and mean what they meant, or are refused."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import qsvft
 
 BEFORE = Path(__file__).parent / "from_before"
+SHARED = BEFORE / "shared_inputs"
 BOUND = 1e-3  # of the largest logit; another processor rounds otherwise, another factor moves them by half
 
 
@@ -61,3 +62,26 @@ def test_saved_again_it_is_the_same(prepared, tmp_path):
             assert torch.allclose(before[name], again[name], rtol=1e-3, atol=1e-3)
         elif not name.endswith("qsvft_digest"):  # over the probe as well
             assert torch.equal(before[name], again[name]), name
+
+
+@pytest.mark.parametrize("adapter", ["adapter", "self-contained"])
+def test_an_adapter_of_an_option_that_is_gone_is_refused(prepared, adapter):
+    message = r"adapter_config\.json: found share_inputs=True, .* expected share_inputs=False"
+    with pytest.raises(ValueError, match=message):
+        qsvft.from_pretrained(prepared, adapter=SHARED / adapter, progress=False)
+    base = AutoModelForCausalLM.from_pretrained(prepared)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, SHARED / adapter)
+    with pytest.raises(ValueError, match=message):
+        base.load_adapter(str(SHARED / adapter))
+
+
+def test_a_directory_of_an_option_that_is_gone_is_refused(prepared):
+    directory = SHARED / "prepared"
+    message = r"found share_inputs=True, .* expected share_inputs=False\. .* prepare the checkpoint again"
+    with pytest.raises(ValueError, match=message):
+        qsvft.from_pretrained(directory, progress=False)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(directory)
+    with pytest.raises(ValueError, match=rf"{directory}: {message}"):
+        qsvft.use_factors(AutoModelForCausalLM.from_pretrained(prepared), directory)

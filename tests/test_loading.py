@@ -53,12 +53,12 @@ def folder(llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shared_folder(llama, tmp_path_factory):
+def one_sided_folder(llama, tmp_path_factory):
     """One prepared for the one-sided form."""
-    return prepared(llama, tmp_path_factory.mktemp("shared") / "llama", share_inputs=True)
+    return prepared(llama, tmp_path_factory.mktemp("one-sided") / "llama", sides="one")
 
 
-@pytest.fixture(params=["folder", "shared_folder"])
+@pytest.fixture(params=["folder", "one_sided_folder"])
 def each_folder(request):
     """Both."""
     return request.getfixturevalue(request.param)
@@ -75,13 +75,12 @@ def no_decomposition(monkeypatch):
 
 BANDED = {"pattern": "banded"}
 ONE_SIDED = [
-    {"share_inputs": True},
-    {"bits": 8, "rank": 16, "share_inputs": True},
-    {"bits": 16, "rank": 16, "share_inputs": True},
-    {"factor_bits": 4, "share_inputs": True},
+    {"sides": "one"},
+    {"bits": 8, "rank": 16, "sides": "one"},
+    {"bits": 16, "rank": 16, "sides": "one"},
+    {"factor_bits": 4, "sides": "one"},
     {"factor_bits": 8, "sides": "one", "rank_pattern": {"k_proj": 12}},
-    {"basis": "hadamard", "share_inputs": True},
-    {"decomposition": "randomized", "rank": 12, "share_inputs": True},
+    {"decomposition": "randomized", "rank": 12, "sides": "one"},
 ]
 TWO_SIDED = [
     {},
@@ -215,11 +214,9 @@ def test_a_directory_of_both_factors_serves_the_one_sided_form(llama, folder, no
 @pytest.mark.parametrize(
     ("where", "options", "message"),
     [
-        ("shared_folder", {"factor_bits": 4}, "the options need 64 .* 'V_nf4_of_q_proj_k_proj_v_proj', found none"),
-        ("shared_folder", {"sides": "both", "share_inputs": False}, "directions under 'V_bf16', found none"),
-        ("shared_folder", {"share_inputs": False}, "q_proj: the options need 64 directions under 'V_bf16', found none"),
+        ("one_sided_folder", {"factor_bits": 4}, "q_proj: the options need 64 directions under 'V_nf4', found none"),
+        ("one_sided_folder", {"sides": "both"}, "q_proj: the options need 64 directions under 'U_bf16', found none"),
         ("folder", {"factor_bits": 4}, "q_proj: the options need 64 directions under 'V_nf4', found none"),
-        ("folder", {"sides": "one", "share_inputs": True}, "64 .* 'V_bf16_of_q_proj_k_proj_v_proj', found none"),
     ],
 )
 def test_what_would_have_to_be_decomposed_is_refused(where, options, message, request):
@@ -234,7 +231,7 @@ def test_other_bits_than_held_are_refused(folder):
 
 
 def test_options_that_are_not_about_factors_are_free(folder, no_decomposition):
-    model = loaded(folder, pattern="plain", tail_damping=0.2, gradient_checkpointing=False, quantize_embeddings=8)
+    model = loaded(folder, pattern="plain", unit="one", gradient_checkpointing=False, quantize_embeddings=8)
     assert model.peft_config["default"].pattern == "plain"
     assert model.get_input_embeddings().stored.bits == 8
 
@@ -436,7 +433,7 @@ def test_a_directory_of_all_directions_serves_the_default_rank(wide, tmp_path, m
     """Where auto, asked anew, would take randomized directions of that rank: those held are exact."""
     monkeypatch.setattr("qsvft.maths.decomposition._RANDOMIZED_FROM", 256)
     monkeypatch.setattr("qsvft.maths.decomposition._RANDOMIZED_UP_TO", 1 / 2)
-    folder = prepared(wide, tmp_path / "prepared", pattern="banded", share_inputs=True)
+    folder = prepared(wide, tmp_path / "prepared", pattern="banded", sides="one")
     model = loaded(folder)
     layer = model.base_model.model.model.layers[0].self_attn.o_proj
     assert list(layer.qsvft_bases) == ["V_bf16"] and layer.pattern("default").rank == 128
@@ -450,10 +447,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-OF_THREADS = [{"share_inputs": True, **BANDED}, {"sides": "both", **BANDED}, {}]
+OF_THREADS = [{"sides": "one", **BANDED}, {"sides": "both", **BANDED}, {}]
 
 
-@pytest.mark.parametrize("options", OF_THREADS, ids=["shared", "two-sided", "default"])
+@pytest.mark.parametrize("options", OF_THREADS, ids=["one-sided", "two-sided", "default"])
 def test_an_adapter_trained_on_one_preparation_runs_on_the_others(wide, tmp_path, threads, options):
     of_M = {name: value for name, value in options.items() if name == "pattern"}
     first = loaded(prepared(wide, tmp_path / "first", **options, dtype="bfloat16"), **of_M)

@@ -18,9 +18,9 @@ from qsvft.tuner import QSVFTLinear
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BASES = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: nn.Linear}
 BANDED = {"pattern": "banded", "off_diagonals": 2}
-SHARED = {**BANDED, "share_inputs": True}
 ONE_SIDED = {**BANDED, "sides": "one"}
-EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
+ONE_SIDED = {**BANDED, "sides": "one"}
+EACH_FORM = pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 EACH_PLAIN = pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 
 
@@ -178,7 +178,7 @@ def test_off_diagonals_do_not_limit_the_rank_where_the_pattern_has_none(llama, p
 
 
 def test_a_whole_config_does_what_its_options_do(llama):
-    options = {"rank": 20, **SHARED, "task_type": "CAUSAL_LM"}
+    options = {"rank": 20, **ONE_SIDED, "task_type": "CAUSAL_LM"}
     by_config = qsvft.prepare(load(llama), config=QSVFTConfig(**options))
     by_options = qsvft.prepare(load(llama), **options)
     assert torch.equal(logits(randomize(by_config)), logits(randomize(by_options)))
@@ -420,7 +420,7 @@ def test_progress_is_shown_unless_it_is_switched_off(llama, shown, monkeypatch):
 
 LEANEST = {
     "factor_bits": 4,
-    "share_inputs": True,
+    "sides": "one",
     "quantize_embeddings": 8,
     "offload": True,
     "pattern": "banded",

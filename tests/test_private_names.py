@@ -16,7 +16,7 @@ LIBRARY = ROOT / "qsvft"
 # Documented in spite of the underscore: os._exit, and _replace() of a named tuple.
 DOCUMENTED = {"_exit", "_replace"}
 # Parts of the text of a basis's key, and no names.
-TEXT = {"_of_", "_float32", "_float32_", "_randomized_", "_hadamard_", "_data_", "_original"}
+TEXT = {"_float32", "_float32_", "_randomized_", "_data_", "_original"}
 
 
 class Use(NamedTuple):

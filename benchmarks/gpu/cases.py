@@ -21,7 +21,7 @@ PATIENCE = 10
 BATCH_SIZE = 1
 QLORA = "qlora"
 SMALLEST = "qsvft:factor_bits=4,quantize_embeddings=8"
-FULL_RANK = "qsvft:sides=one,pattern=banded,share_inputs=true,factor_bits=4"
+FULL_RANK = "qsvft:sides=one,pattern=banded,factor_bits=4"
 
 COMPARED = (
     QLORA,
@@ -40,7 +40,6 @@ COMPARED = (
 
 OTHERS = (
     "qsvft:factor_bits=4",
-    "qsvft:basis=hadamard,pattern=banded",
     "qsvft:sides=one,pattern=banded",
     "lora",
 )

@@ -19,17 +19,9 @@ from decomposition import Way
 
 STAGE = "decomposition"
 REPEATS = 2
-SQUARE, WIDE = "width x width", "width x inner"
-SHARED = (SQUARE, WIDE, "q, k, v", "gate, up")
-ALONE = (SQUARE, WIDE, "inner x width")
-ORDER = {
-    "exact, one side": SHARED,
-    "randomized, one side": SHARED,
-    "exact, both sides": ALONE,
-    "float32, one side": SHARED,
-    "randomized, both sides": ALONE,
-}
-"""The way that prepare() takes at full rank, that at a small one, and the others, each with its matrices."""
+SQUARE = "width x width"
+ORDER = ("exact, both sides", "randomized, both sides", "exact, one side", "float32, one side", "randomized, one side")
+"""The way that prepare() takes at full rank, that at a small one, and the others."""
 
 
 def run(suite: Suite) -> None:
@@ -38,50 +30,49 @@ def run(suite: Suite) -> None:
     sizes = suite.plan.matrices
     shapes = decomposition.cases(sizes.width, sizes.width, sizes.inner)
     device = torch.device(suite.device.kind)
-    for name, matrices in ORDER.items():
-        for matrix in matrices:
+    for name in ORDER:
+        for matrix in decomposition.LAYER:
             case = f"{STAGE} | {name} | {matrix}"
             if not suite.rows.done(case):
-                about = {"way": name, "matrix": matrix, "shapes": shapes[matrix]}
+                about = {"way": name, "matrix": matrix, "shape": shapes[matrix]}
                 suite.attempt(
                     STAGE, case, about, lambda m=matrix, w=ways[name]: _time(shapes[m], w, sizes.rank, device)
                 )
         _extrapolate(suite, name)
-    for name in list(ORDER)[:2]:
+    for name in ORDER[:2]:
         case = f"{STAGE} | {name} | the same on the CPU"
         if not suite.rows.done(case):
-            about = {"way": name, "shapes": shapes[SQUARE]}
+            about = {"way": name, "shape": shapes[SQUARE]}
             suite.attempt(STAGE, case, about, lambda w=ways[name]: _compare(shapes[SQUARE], w, sizes.rank, device))
 
 
-def _weights(shapes: list[tuple[int, int]], device: torch.device) -> list[torch.Tensor]:
-    return [decomposition.make_weight(*shape, seed=i).to(device) for i, shape in enumerate(shapes)]
+def _weight(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    return decomposition.make_weight(*shape).to(device)
 
 
-def _rank(shapes: list[tuple[int, int]], way: Way, rank: int) -> int:
-    limit = min(sum(m for m, _ in shapes), shapes[0][1])
-    return min(rank, limit) if way.truncated else limit
+def _rank(shape: tuple[int, int], way: Way, rank: int) -> int:
+    return min(rank, *shape) if way.truncated else min(shape)
 
 
-def _time(shapes: list[tuple[int, int]], way: Way, rank: int, device: torch.device) -> dict[str, Any]:
-    weights, k = _weights(shapes, device), _rank(shapes, way, rank)
+def _time(shape: tuple[int, int], way: Way, rank: int, device: torch.device) -> dict[str, Any]:
+    weight, k = _weight(shape, device), _rank(shape, way, rank)
     # The first one loads kernels and makes handles; it is kept apart.
-    ran = [decomposition.timed(lambda: decomposition.factors_of(weights, k, way), device) for _ in range(1 + REPEATS)]
+    ran = [decomposition.timed(lambda: decomposition.factors_of(weight, k, way), device) for _ in range(1 + REPEATS)]
     factors = ran[-1][0]
     return {
         "rank": k,
         "decompose_s": min(seconds for _, seconds in ran[1:]),
         "runs_s": [seconds for _, seconds in ran],
-        "scale_s": decomposition.scale_seconds(weights, factors) if way.sides == "one" else None,
+        "scale_s": decomposition.scale_seconds(weight, factors) if way.sides == "one" else None,
         "orthogonality": decomposition.orthogonality(factors),
-        "error": decomposition.truncation_error(weights, factors),
+        "error": decomposition.truncation_error(weight, factors),
     }
 
 
-def _compare(shapes: list[tuple[int, int]], way: Way, rank: int, device: torch.device) -> dict[str, Any]:
-    weights, k = _weights(shapes, device), _rank(shapes, way, rank)
-    here = decomposition.factors_of(weights, k, way)
-    equal, changed = decomposition.same_elsewhere(here, decomposition.elsewhere(weights, k, way))
+def _compare(shape: tuple[int, int], way: Way, rank: int, device: torch.device) -> dict[str, Any]:
+    weight, k = _weight(shape, device), _rank(shape, way, rank)
+    here = decomposition.factors_of(weight, k, way)
+    equal, changed = decomposition.same_elsewhere(here, decomposition.elsewhere(weight, k, way))
     return {"rank": k, "bf16_equal": equal, "map_change": changed}
 
 
@@ -94,6 +85,6 @@ def _extrapolate(suite: Suite, way: str) -> None:
         if row["status"] == RAN and row["way"] == way and "decompose_s" in row
     ]
     for found in decomposition.model_minutes(rows, layers):
-        case = f"{STAGE} | {way} | a model, {found['inputs']}"
+        case = f"{STAGE} | {way} | a model"
         if not suite.rows.done(case):
             suite.rows.append(STAGE, case, RAN, layers=layers, **found)

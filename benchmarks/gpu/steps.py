@@ -59,7 +59,6 @@ def random_factors() -> Iterator[None]:
     """
     with (
         patch.object(factors, "decompose", _random_decomposition),
-        patch.object(factors, "shared_directions", _random_shared_directions),
         patch.object(adapted, "measured_scale", _no_scale),
         patch.object(adapted, "weight_digest", lambda _: bytes(32)),
         patch.object(adapted.QSVFTLinear, "compute_probe", _no_probe),
@@ -79,11 +78,6 @@ def _random_decomposition(weight: Tensor, rank: int, sides: Any, method: Any) ->
     U = _random(weight, rank, m) if needs_u else None
     V = _random(weight, rank, n) if needs_v else None
     return Decomposition(U, torch.ones(rank, device=weight.device), V)
-
-
-def _random_shared_directions(weights: Any, rank: int, method: Any) -> tuple[Tensor, Tensor]:
-    first = next(iter(weights()))
-    return torch.ones(rank, device=first.device), _random(first, rank, first.shape[1])
 
 
 def _no_scale(weight: Tensor, basis: Any, side: str, rank: int) -> tuple[Tensor, Tensor]:

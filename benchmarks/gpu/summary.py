@@ -67,7 +67,7 @@ def tables(rows: list[Row]) -> Iterable[tuple[str, Table]]:
 
 def as_markdown(table: Table) -> list[str]:
     columns, lines = table
-    left = {"model", "method", "form", "way", "matrix", "inputs", "variant"}
+    left = {"model", "method", "form", "way", "matrix", "variant"}
     rule = "|".join("---" if column in left else "---:" for column in columns)
     return [f"| {' | '.join(columns)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)]
 
@@ -142,8 +142,7 @@ def decompositions(rows: list[Row]) -> Table:
     lines = []
     for row in of(rows, "decomposition"):
         if row["status"] == RAN and "decompose_s" in row:
-            shapes = row["shapes"]
-            shape = f"{len(shapes)} x " * (len(shapes) > 1) + "{} x {}".format(*shapes[0])
+            shape = "{} x {}".format(*row["shape"])
             scale = "" if row["scale_s"] is None else f"{row['scale_s']:.2f}"
             numbers = [f"{row['decompose_s']:.2f}", scale, f"{row['orthogonality']:.0e}", f"{row['error']:.2g}"]
             lines.append([shape, row["way"], str(row["rank"]), *numbers])
@@ -152,11 +151,11 @@ def decompositions(rows: list[Row]) -> Table:
 
 def models(rows: list[Row]) -> Table:
     lines = [
-        [row["way"], row["inputs"], str(row["layers"]), f"{row['minutes']:.2f}"]
+        [row["way"], str(row["layers"]), f"{row['minutes']:.2f}"]
         for row in of(rows, "decomposition")
         if "minutes" in row
     ]
-    return ("way", "inputs", "layers", "minutes"), lines
+    return ("way", "layers", "minutes"), lines
 
 
 def learning(rows: list[Row]) -> Table:

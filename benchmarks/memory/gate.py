@@ -24,8 +24,8 @@ from typing import Any
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-# One factor, shared by the layers that read one input, and the paper's band at full rank.
-BANDED = "qsvft:sides=one,pattern=banded,share_inputs=true"
+# One factor, and the paper's band at full rank.
+BANDED = "qsvft:sides=one,pattern=banded"
 METHODS = ("floor", "qlora", "svft", "qsvft", BANDED, "qsvft:sides=both,pattern=banded,rank=256")
 # Where the loss is small, the other rivals and forms as well.
 MORE_METHODS = (
@@ -33,7 +33,7 @@ MORE_METHODS = (
     "qlora-kbit",
     "svft-authors",
     f"{BANDED},rank=256",
-    "qsvft:sides=one,pattern=random,share_inputs=true,rank=1024",
+    "qsvft:sides=one,pattern=random,rank=1024",
     "qsvft:sides=both,pattern=banded,rank=256,residual=true,factor_bits=8",
 )
 # The lean forms at full length, which the README's numbers are made of.
@@ -48,11 +48,9 @@ LEAN_METHODS = (
     f"{BANDED},factor_bits=4,rank=256",
     f"{BANDED},factor_bits=4,rank=1024",
     f"{BANDED},factor_bits=8",
-    "qsvft:sides=one,pattern=banded,share_inputs=false,factor_bits=4",
     f"{BANDED},factor_bits=4",
     f"{BANDED},factor_bits=4,quantize_embeddings=8",
     f"{BANDED},factor_bits=4,quantize_embeddings=8,offload_checkpoints=true",
-    "qsvft:basis=hadamard,pattern=banded,share_inputs=true",
 )
 WITHOUT_CHECKPOINTING = ("qsvft:factor_bits=8", f"{BANDED},factor_bits=4", f"{BANDED},factor_bits=4,rank=1024")
 MODELS = ("llama-2-7b", "llama-3-8b")

@@ -6,6 +6,7 @@ U P, held densely, with the Hadamard basis.
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import qsvft
-from qsvft.maths.hadamard import HadamardBasis
 from qsvft.storage.quantization import dequantize
 
 
@@ -46,4 +46,15 @@ def _from_frame(P: Tensor) -> Tensor:
 
 @cache
 def _directions(size: int) -> Tensor:
-    return HadamardBasis(size, size, 0).dense(torch.float32)
+    """H D: D random signs, H block diagonal with a Walsh-Hadamard matrix for each power of two in the size."""
+    draw = random.Random(f"0:{size}")
+    signs = torch.tensor([1.0 - 2 * draw.getrandbits(1) for _ in range(size)])
+    blocks = [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
+    return torch.block_diag(*(_walsh_hadamard(block) for block in blocks)) * signs
+
+
+def _walsh_hadamard(size: int) -> Tensor:
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * 0.5 ** (matrix.shape[0].bit_length() / 2 - 0.5)

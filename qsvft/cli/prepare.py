@@ -48,12 +48,11 @@ def prepare(
 
 def _summary(job: Job) -> str:
     """What will be done, in two lines."""
-    decomposed = [stored for unit in job.units for stored in unit.stored]
-    layers = sum(len(stored.layers) for stored in decomposed)
+    decomposed = [unit.stored for unit in job.units if unit.stored is not None]
     randomized = sum(stored.form.method.randomized for stored in decomposed)
     how = f", {randomized} of them randomized" if randomized else ""
     unknown = f"; {len(job.names.unknown)} keys that the model does not know are left out" if job.names.unknown else ""
     return (
-        f"{type(job.model).__name__}: {len(decomposed)} decompositions for {layers} layers{how}{unknown}\n"
+        f"{type(job.model).__name__}: {len(decomposed)} decompositions{how}{unknown}\n"
         f"{len(job.units)} files, about {sum(unit.nbytes for unit in job.units) / 2**30:.2f} GiB"
     )

@@ -48,7 +48,6 @@ def _switch(text: str) -> bool:
 
 
 INTEGER = Kind(int, "a whole number of at least 1", _whole_number)
-NUMBER = Kind(float, "a number", float)
 SWITCH = Kind(bool, "true or false", _switch)
 WORD = Kind(str, "a word", str)
 NAMES = Kind(list[str])

@@ -3,9 +3,8 @@
     to coefficients      h = F a                 (tokens, n) -> (tokens, k)
     and back             base + z F              (tokens, k) -> (tokens, n)
 
-F is (k, n), row j is the j-th direction. How F comes about and is held is each basis's own matter:
-singular vectors as rows in 16, 8 or 4 bits (:mod:`qsvft.storage.factors`), or a seeded Hadamard transform
-that holds nothing (:mod:`qsvft.maths.hadamard`). A basis is frozen; gradients flow to a, base and z.
+F is (k, n), row j is the j-th direction. How F is held is each basis's own matter: as rows in 16, 8 or 4 bits, say
+(:mod:`qsvft.storage.factors`). A basis is frozen; gradients flow to a, base and z.
 
 F is made dense in the activation's dtype where it is used, a slice after the other, and dropped again: autograd
 keeps the parts as they are held, and neither a nor z.
@@ -19,8 +18,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from .last_input import LastInput
 
 Parts = tuple[Tensor, ...]
 Slices = Iterator[tuple[slice, Tensor]]
@@ -44,13 +41,7 @@ class Held(NamedTuple):
 
 
 class Basis(ABC):
-    """k directions of R^n.
-
-    Attributes:
-        last_input: where several layers share the basis, the coefficients of the last x that they read.
-    """
-
-    last_input: LastInput | None = None
+    """k directions of R^n."""
 
     @property
     @abstractmethod
@@ -70,9 +61,9 @@ class Basis(ABC):
     def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
         """base + z F with as many directions as z has columns: (tokens, n) and (tokens, rank) give (tokens, n)."""
 
-    def held(self, rank: int) -> Held | None:
-        """The first ``rank`` directions as they are held; None for a basis that holds nothing."""
-        return None
+    @abstractmethod
+    def held(self, rank: int) -> Held:
+        """The first ``rank`` directions as they are held."""
 
     @abstractmethod
     def dense(self, dtype: torch.dtype, rank: int | None = None) -> Tensor:

@@ -13,8 +13,7 @@ Single rows are singular vectors only where these are well separated.
 Float32: either of them in fp32. Orthonormal to 1e-5 and a good subspace, but neighbouring vectors turn with the
 driver and the thread count: an adapter on it fits only the bases it was trained on.
 
-Weights are taken to the working precision a stretch of rows at a time, so that there is never a whole copy; those
-that read the same input are decomposed as if stacked, one after the other.
+Weights are taken to the working precision a stretch of rows at a time, so that there is never a whole copy.
 
 Signs: each singular vector v is turned so that <w, v> > 0 for one fixed sequence w that no
 structured vector is orthogonal to. A rule such as "the largest entry is positive" has near-ties;
@@ -23,7 +22,7 @@ a flipped sign makes an adapter useless.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,8 +34,6 @@ from .subspace import leading_directions
 
 Sides = Literal["one", "both"]
 Side = Literal["input", "output"]
-Weights = Callable[[], Iterable[Tensor]]
-"""Gives the weights (m_i, n) anew at each call."""
 
 DECOMPOSITIONS = ("auto", "exact", "randomized", "float32")
 
@@ -75,7 +72,7 @@ def chosen_method(limit: int, rank: int, decomposition: str = "auto") -> Decompo
     """The method that a config's ``decomposition`` means for one matrix: a function of its shape and rank alone.
 
     Args:
-        limit: how many directions there are: min(m, n), or min(sum of m_i, n) of stacked weights.
+        limit: how many directions there are, min(m, n).
         rank: k.
         decomposition: "exact", "randomized", "auto" (randomized where limit >= 1024 and 8 k <= limit, else exact) or
             "float32" (as auto, in fp32).
@@ -159,7 +156,7 @@ def decompose(weight: Tensor, rank: int, sides: Sides = "one", method: Decompose
     if sides == "both" and not method.randomized and method.dtype != torch.float64:
         other, s, small = _svd(tall.to(method.dtype), rank)
     else:
-        s, small = _small_side_vectors(lambda: (tall,), tall.shape[1], rank, method, tall.device)
+        s, small = _small_side_vectors(tall, rank, method)
         if sides == "both":
             other, s, small = _with_other_side(tall, s, small)
     signs = _signs(small).unsqueeze(1)
@@ -168,57 +165,33 @@ def decompose(weight: Tensor, rank: int, sides: Sides = "one", method: Decompose
     return Decomposition(other, s, small) if upright else Decomposition(small, s, other)
 
 
-def shared_directions(weights: Weights, rank: int, method: Decomposer = EXACT) -> tuple[Tensor, Tensor]:
-    """The first singular values and right singular vectors of weights (m_i, n) stacked.
-
-    Args:
-        weights: gives the weights anew at each call; on meta only shapes are made. The exact method reads them once,
-            the randomized one for every block of its space; held is one weight at a time.
-        rank: k, at most min(sum of m_i, n).
-        method: see :func:`chosen_method`.
-
-    Returns:
-        s (k,), descending, and the vectors as rows (k, n), signs fixed.
-    """
-    first = next(iter(weights()))
-    if first.is_meta:
-        return first.new_empty(rank), first.new_empty(rank, first.shape[1])
-    s, V = _small_side_vectors(weights, first.shape[1], rank, method, first.device)
-    return s, (V * _signs(V).unsqueeze(1)).contiguous()
-
-
-def _small_side_vectors(
-    weights: Weights, size: int, rank: int, method: Decomposer, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """s and V (k, n) of the stacked weights, signs not fixed."""
+def _small_side_vectors(tall: Tensor, rank: int, method: Decomposer) -> tuple[Tensor, Tensor]:
+    """s and V (k, n) of a weight (m, n), signs not fixed."""
     if not method.randomized:
-        squares, vectors = torch.linalg.eigh(_gram(weights, method.dtype))
+        squares, vectors = torch.linalg.eigh(_gram(tall, method.dtype))
         return squares.flip(0)[:rank].clamp_min(0).sqrt(), vectors.T.flip(0)[:rank]
 
     def product(block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
-        for weight in weights():
-            for part in stretches(weight, method.dtype, _THIN_STRETCH):
-                total.addmm_(part.T, part @ block)
+        for part in stretches(tall, method.dtype, _THIN_STRETCH):
+            total.addmm_(part.T, part @ block)
         return total
 
     def energy(block: Tensor) -> Tensor:
         total = block.new_zeros(block.shape[1], block.shape[1])
-        for weight in weights():
-            for part in stretches(weight, method.dtype, _THIN_STRETCH):
-                image = part @ block
-                total.addmm_(image.T, image)
+        for part in stretches(tall, method.dtype, _THIN_STRETCH):
+            image = part @ block
+            total.addmm_(image.T, image)
         return total
 
-    return leading_directions(product, size, rank, method.dtype, device, energy)
+    return leading_directions(product, tall.shape[1], rank, method.dtype, tall.device, energy)
 
 
-def _gram(weights: Weights, dtype: torch.dtype) -> Tensor:
-    """W_1ᵀ W_1 + W_2ᵀ W_2 + ..., (n, n)."""
+def _gram(tall: Tensor, dtype: torch.dtype) -> Tensor:
+    """Wᵀ W, (n, n)."""
     gram: Tensor | None = None
-    for weight in weights():
-        for part in stretches(weight, dtype):
-            gram = part.T @ part if gram is None else gram.addmm_(part.T, part)
+    for part in stretches(tall, dtype):
+        gram = part.T @ part if gram is None else gram.addmm_(part.T, part)
     assert gram is not None
     return gram
 

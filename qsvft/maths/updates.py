@@ -32,7 +32,6 @@ def sparse_update(
     pattern: Pattern,
     scale: Scale = None,
     scale_side: ScaleSide = "rows",
-    h: Tensor | None = None,
 ) -> Tensor:
     """base + outward · N · inwardᵀ · a, the one map behind all three forms.
 
@@ -44,7 +43,6 @@ def sparse_update(
         values: the entries of M, fp32, in the pattern's order.
         pattern: which entries they are.
         scale, scale_side: see :mod:`qsvft.maths.coefficients`.
-        h: (tokens, k), inward's coefficients of a, where they are known already.
 
     Returns:
         (..., m'), in base's dtype. With M = 0 it equals base bit for bit.
@@ -52,8 +50,7 @@ def sparse_update(
     if a.numel() == 0 or base.numel() == 0:
         # Keeps the graph, so that a step on an empty batch still has a backward.
         return base + (a.sum() * 0 + values.sum() * 0).to(base.dtype)
-    if h is None:
-        h = coefficients_of(a, inward, pattern.rank)
+    h = inward.to_coefficients(a.reshape(-1, a.shape[-1]), pattern.rank)
     z = pattern.product(h, values, scale, scale_side)
     if base.is_contiguous():
         return outward.from_coefficients(base.view(-1, base.shape[-1]), z).view(base.shape)
@@ -61,37 +58,24 @@ def sparse_update(
     return base + outward.from_coefficients(z.new_zeros(1), z).view(base.shape).to(base.dtype)
 
 
-def coefficients_of(a: Tensor, basis: Basis, rank: int) -> Tensor:
-    """h: (..., n) gives (tokens, rank)."""
-    return basis.to_coefficients(a.reshape(-1, a.shape[-1]), rank)
-
-
 def two_sided_update(
     y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern, scale: Scale = None
 ) -> Tensor:
     """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n, scale of the rows of M."""
     if isinstance(pattern, DensePattern) and not isinstance(scale, Tensor) and y.is_contiguous() and x.numel():
-        held = V.held(pattern.rank), U.held(pattern.rank)
-        if held[0] is not None and held[1] is not None:
-            rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-            return dense_update(*rows, values, scale, held[0], held[1]).view(y.shape)
+        rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        return dense_update(*rows, values, scale, V.held(pattern.rank), U.held(pattern.rank)).view(y.shape)
     return sparse_update(y, x, V, U, values, pattern, scale)
 
 
 def input_side_update(
-    inner: Tensor,
-    x: Tensor,
-    V: Basis,
-    inverse_s: Tensor,
-    values: Tensor,
-    pattern: Pattern,
-    h: Tensor | None = None,
+    inner: Tensor, x: Tensor, V: Basis, inverse_s: Tensor, values: Tensor, pattern: Pattern
 ) -> Tensor:
     """inner + V S⁻¹ M Vᵀ x, to be fed to W; inner is x itself, or x with another adapter's update.
 
-    inner and x (..., n), V of R^n, inverse_s (k,), h = Vᵀ x if it is known.
+    inner and x (..., n), V of R^n, inverse_s (k,).
     """
-    return sparse_update(inner, x, V, V, values, pattern, inverse_s, "rows", h)
+    return sparse_update(inner, x, V, V, values, pattern, inverse_s, "rows")
 
 
 def output_side_update(y: Tensor, wx: Tensor, U: Basis, inverse_s: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
@@ -116,19 +100,23 @@ def unit_of(length: Tensor, entries: int) -> Tensor:
     return torch.where(alpha > torch.finfo(torch.float32).tiny, alpha, torch.ones_like(alpha))
 
 
-def bounded_inverse(s: Tensor, rms: Tensor, tail_damping: float) -> Tensor:
+TAIL_DAMPING = 0.1
+"""tau: so far below the root mean square of all lengths a direction's own length no longer counts."""
+
+
+def bounded_inverse(s: Tensor, rms: Tensor) -> Tensor:
     """1 / max(s_j, tau * rms): the scale of the one-sided forms, never infinite.
+
+    Directions with s_j < tau * rms take smaller steps; none is lost, and rounding is not blown up along the smallest.
 
     Args:
         s: (k,) fp32, |W v_j| of the direction as it is held.
         rms: scalar, the root mean square of |W v| over a whole orthonormal basis.
-        tail_damping: tau. Directions with s_j < tau * rms take smaller steps; none is lost.
 
     Returns:
         (k,) fp32; zeros for a weight that is all zeros.
     """
-    floor = rms * max(tail_damping, 1e-7)
-    bounded = torch.maximum(s, floor)
+    bounded = torch.maximum(s, rms * TAIL_DAMPING)
     # Below the smallest normal number 1/s would overflow: such a weight is zero for every purpose.
     usable = bounded > torch.finfo(bounded.dtype).tiny
     return torch.where(usable, 1 / bounded, torch.zeros_like(bounded))

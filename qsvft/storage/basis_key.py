@@ -1,15 +1,13 @@
 """BasisKey: which basis it is, in a word. Layers hold bases under these keys, and files store them under the same.
 
     V_bf16, U_nf4            singular vectors of a layer's weight, in 16 or 4 bits
-    V_int8_of_q_proj_k_proj  those of the stacked weight of layers that read the same input
     V_bf16_randomized_256    256 randomized directions; those of another rank are others, and never extend them
     V_bf16_float32           singular vectors computed in fp32; V_bf16_float32_256 where they are randomized
     V_int8_original          those of the dense weight that a residual base was made from
     V_bf16_data_96           96 directions of what passed through the layer on some data
-    V_hadamard_0_64          64 directions of the seeded Hadamard basis
     V_bf16@1                 others than those that the layer holds under V_bf16
 
-The parts go together: V_nf4_randomized_256_of_gate_proj_up_proj.
+The parts go together: V_nf4_randomized_256_original.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from ..maths.decomposition import EXACT, Decomposer
 
 HELD = {16: "bf16", 8: "int8", 4: "nf4"}
 
-_OF, _BESIDE, _DATA = "_of_", "@", "_data_"
+_BESIDE, _DATA = "@", "_data_"
 
 
 class BasisKey(str):
@@ -29,16 +27,7 @@ class BasisKey(str):
     __slots__ = ()
 
     @classmethod
-    def singular(
-        cls,
-        side: str,
-        bits: int,
-        method: Decomposer,
-        rank: int,
-        *,
-        original: bool = False,
-        group: str | None = None,
-    ) -> BasisKey:
+    def singular(cls, side: str, bits: int, method: Decomposer, rank: int, *, original: bool = False) -> BasisKey:
         """The key of singular vectors (or of directions that hold nearly as much).
 
         Args:
@@ -47,38 +36,23 @@ class BasisKey(str):
             method: how they are computed.
             rank: k.
             original: whether they are of the weight before it was quantised.
-            group: the layers that share them, if any.
         """
         how = ""
         if method.dtype != EXACT.dtype:
             how = f"_float32_{rank}" if method.randomized else "_float32"
         elif method.randomized:
             how = f"_randomized_{rank}"
-        return cls(f"{side}_{HELD[bits]}{how}{'_original' if original else ''}{cls._shared(group)}")
+        return cls(f"{side}_{HELD[bits]}{how}{'_original' if original else ''}")
 
     @classmethod
     def data(cls, side: str, bits: int, rank: int) -> BasisKey:
         """The key of directions that come from data: those of another rank are others."""
         return cls(f"{side}_{HELD[bits]}{_DATA}{rank}")
 
-    @classmethod
-    def hadamard(cls, side: str, seed: int, rank: int, *, group: str | None = None) -> BasisKey:
-        """The key of seeded Hadamard directions."""
-        return cls(f"{side}_hadamard_{seed}_{rank}{cls._shared(group)}")
-
-    @staticmethod
-    def _shared(group: str | None) -> str:
-        return "" if group is None else f"{_OF}{group}"
-
     @property
     def side(self) -> Literal["U", "V"]:
         """ "U", directions of the output, or "V", of the input."""
         return cast(Literal["U", "V"], self[0])
-
-    @property
-    def shared(self) -> bool:
-        """Whether layers share the basis."""
-        return _OF in self
 
     @property
     def from_data(self) -> bool:

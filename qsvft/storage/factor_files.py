@@ -29,10 +29,10 @@ from .weights import all_finite
 class FactorSource(Protocol):
     """Where factors are looked up before they are computed."""
 
-    def basis(self, owner: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
+    def basis(self, layer: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
         """The first ``rank`` directions of R^size, None if it has not that many."""
 
-    def scale(self, layer: str, key: BasisKey, rank: int, tail_damping: float, device: torch.device) -> Tensor | None:
+    def scale(self, layer: str, key: BasisKey, rank: int, device: torch.device) -> Tensor | None:
         """The scale 1/s of a layer's one-sided form, (rank,) fp32, None if it does not know it."""
 
 
@@ -71,27 +71,27 @@ class FactorFiles:
         return len(self._stored)
 
     def keys(self) -> list[tuple[str, BasisKey]]:
-        """(owner, key) of each basis."""
+        """(layer, key) of each basis."""
         return list(dict.fromkeys(name[:2] for name in self._stored if name.of_basis))
 
-    def rank(self, owner: str, key: BasisKey) -> int:
+    def rank(self, layer: str, key: BasisKey) -> int:
         """How many directions of a basis are stored, 0 for none."""
-        names = [name for part in PARTS[4] + PARTS[16] if (name := FactorName(owner, key, part)) in self._stored]
+        names = [name for part in PARTS[4] + PARTS[16] if (name := FactorName(layer, key, part)) in self._stored]
         return min((self._rows(name) for name in names), default=0)
 
     def residuals(self) -> Iterator[tuple[str, BasisKey, int]]:
         """(layer, key, rank) of each residual base."""
-        return ((name.owner, name.key, self._rows(name)) for name in self._stored if name.part == RESIDUAL)
+        return ((name.layer, name.key, self._rows(name)) for name in self._stored if name.part == RESIDUAL)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name without what stands before it."""
         return {str(name): self._read(name) for name in self._stored}
 
-    def basis(self, owner: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
+    def basis(self, layer: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
         """The first ``rank`` directions that are stored.
 
         Args:
-            owner: module name of the layer, or of the parent of the layers that share it.
+            layer: its module name.
             key: the basis's key.
             rank: k.
             size: n, the length of a direction.
@@ -103,10 +103,10 @@ class FactorFiles:
         Raises:
             ValueError: a part is missing, of another dtype or shape, or holds NaN or Inf.
         """
-        bits = self._bits(owner, key)
+        bits = self._bits(layer, key)
         if bits is None:
             return None
-        names = [FactorName(owner, key, part) for part in PARTS[bits]]
+        names = [FactorName(layer, key, part) for part in PARTS[bits]]
         rows = self._rows(names[0])
         parts: dict[str, Tensor] = {}
         for name in names:
@@ -133,7 +133,7 @@ class FactorFiles:
                 self._refuse(name, "negative in places", "lengths of at least 0")
         return (s[:rank].to(device), rms.to(device)) if rows >= rank else None
 
-    def scale(self, layer: str, key: BasisKey, rank: int, tail_damping: float, device: torch.device) -> Tensor | None:
+    def scale(self, layer: str, key: BasisKey, rank: int, device: torch.device) -> Tensor | None:
         """The stored scale of an adapter, or :func:`~qsvft.maths.updates.bounded_inverse` of the stored lengths.
 
         Returns:
@@ -146,7 +146,7 @@ class FactorFiles:
         if name in self._stored:
             return self._checked(name, torch.float32, (rank,)).to(device)
         lengths = self.lengths(layer, key, rank, device)
-        return None if lengths is None else bounded_inverse(*lengths, tail_damping)
+        return None if lengths is None else bounded_inverse(*lengths)
 
     def residual_lengths(self, layer: str, key: BasisKey, rank: int, device: torch.device) -> Tensor:
         """s of a residual base, (rank,) fp32.
@@ -164,13 +164,13 @@ class FactorFiles:
         """
         return self._checked(FactorName(layer, key, SKETCH), torch.float32, (size,))
 
-    def _bits(self, owner: str, key: BasisKey) -> int | None:
+    def _bits(self, layer: str, key: BasisKey) -> int | None:
         """How a basis is held, from what there is of it; None if there is nothing."""
-        if FactorName(owner, key, "values") in self._stored:
+        if FactorName(layer, key, "values") in self._stored:
             return 16
-        if not any(FactorName(owner, key, part) in self._stored for part in PARTS[4]):
+        if not any(FactorName(layer, key, part) in self._stored for part in PARTS[4]):
             return None
-        codes = FactorName(owner, key, "codes")
+        codes = FactorName(layer, key, "codes")
         dtype = self._read(codes).dtype
         if dtype not in (torch.int8, torch.uint8):
             self._refuse(codes, str(dtype), "torch.int8 or torch.uint8")
@@ -180,7 +180,7 @@ class FactorFiles:
         if name not in self._stored:
             beside = (self._files.paths[stored] for known, stored in self._stored.items() if known[:2] == name[:2])
             raise ValueError(
-                f"{next(beside, name.owner)}: expected the tensor {name}, found none. The file is incomplete: copy it "
+                f"{next(beside, name.layer)}: expected the tensor {name}, found none. The file is incomplete: copy it "
                 "again, or make it again."
             )
         return self._files.mapped(self._stored[name])

@@ -1,6 +1,6 @@
 """The names under which factors are stored in safetensors files.
 
-    qsvft.<owner>.<key>.<part>       a basis, in the parts of its StoredMatrix:
+    qsvft.<layer>.<key>.<part>       a basis, in the parts of its StoredMatrix:
                                      values (16 bits), codes and scales (8), codes, maxima and scales (4)
     qsvft.<layer>.<key>.s            (k,) fp32, the lengths s_j = |W v_j| (or |Wᵀ u_j|) that a layer gives them
     qsvft.<layer>.<key>.rms          () fp32, the lengths' root mean square over a whole orthonormal basis
@@ -8,8 +8,8 @@
     qsvft.<layer>.<key>.scale        (k,) fp32, in an adapter: 1/s as it was trained with, in place of s and rms
     qsvft.<layer>.<key>.sketch       (8,) fp32, in an adapter: a fingerprint of the weight that the basis is of
 
-<owner> is the layer's name, or for a basis that several layers share the name of the module they are in, with "/"
-in place of "."; <key> says which basis it is (:mod:`qsvft.storage.basis_key`). Anything may stand before "qsvft.".
+<layer> is its module's name with "/" in place of "."; <key> says which basis it is (:mod:`qsvft.storage.basis_key`).
+Anything may stand before "qsvft.".
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _OF_BASES = frozenset(part for parts in PARTS.values() for part in parts)
 
 
 class FactorName(NamedTuple):
-    """What a factor tensor's name says: the owner's module name (with dots), the basis's key, and which part."""
+    """What a factor tensor's name says: the layer's module name (with dots), the basis's key, and which part."""
 
-    owner: str
+    layer: str
     key: BasisKey
     part: str
 
     def __str__(self) -> str:
-        return f"{_START}{self.owner.replace('.', '/')}.{self.key}.{self.part}"
+        return f"{_START}{self.layer.replace('.', '/')}.{self.key}.{self.part}"
 
     @property
     def of_basis(self) -> bool:
@@ -57,17 +57,17 @@ def parse_name(name: str) -> FactorName | None:
     return FactorName(parts[0].replace("/", "."), BasisKey(parts[1]), parts[2])
 
 
-def factor_tensors(owner: str, key: BasisKey, basis: StoredBasis, rank: int | None = None) -> dict[str, Tensor]:
+def factor_tensors(layer: str, key: BasisKey, basis: StoredBasis, rank: int | None = None) -> dict[str, Tensor]:
     """The named tensors of a basis, as views.
 
     Args:
-        owner: module name of the layer, or of the parent of the layers that share it; "" is the model itself.
+        layer: its module name; "" is the model itself.
         key: the basis's key.
         basis: what to store.
         rank: how many of its directions, all by default.
     """
     parts = zip(PARTS[basis.stored.bits], basis.stored.parts(0, rank), strict=True)
-    return {str(FactorName(owner, key, part)): tensor for part, tensor in parts}
+    return {str(FactorName(layer, key, part)): tensor for part, tensor in parts}
 
 
 def adapter_tensors(layer: str, key: BasisKey, sketch: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:

@@ -2,9 +2,7 @@
 
 Held are U and V as rows in 16, 8 or 4 bits (:mod:`qsvft.storage.stored_matrix`). The scale of a direction is measured
 on the vector as it is held, s_j = |W v_j| (or |Wᵀ u_j|): with rounded vectors that is more exact than
-the singular value. Of several weights that read the same input, V belongs to all:
-
-    V diag(S²) Vᵀ = W_1ᵀ W_1 + W_2ᵀ W_2 + ...     the right singular vectors of the stacked weight
+the singular value.
 """
 
 from __future__ import annotations
@@ -13,16 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.basis import Basis, Held, add_coefficients, read_coefficients
-from ..maths.decomposition import (
-    EXACT,
-    Decomposer,
-    Sides,
-    Weights,
-    decompose,
-    shared_directions,
-    small_side,
-    stretches,
-)
+from ..maths.decomposition import EXACT, Decomposer, Sides, decompose, small_side, stretches
 from .stored_matrix import StoredMatrix
 
 _STRETCH = 2**23  # entries, 64 MiB in fp64; each stretch reads the whole basis
@@ -94,18 +83,6 @@ def make_bases(
         parts = decompose(weight, rank, sides, method)
         vectors = {side: rows for side, rows in (("U", parts.U), ("V", parts.V)) if rows is not None}
     return {side: StoredBasis(StoredMatrix.hold(rows, bits)) for side, rows in vectors.items()}
-
-
-def make_shared_basis(weights: Weights, rank: int, bits: int, method: Decomposer = EXACT) -> StoredBasis:
-    """V of weights (m_i, n) stacked: the directions of the input that all of them read.
-
-    Args:
-        weights: gives the weights anew at each call; they are taken one at a time.
-        rank: k.
-        bits: 16, 8 or 4, how the vectors are held.
-        method: how the stacked weight is decomposed, see :func:`~qsvft.maths.decomposition.chosen_method`.
-    """
-    return StoredBasis(StoredMatrix.hold(shared_directions(weights, rank, method)[1], bits))
 
 
 def frobenius_norm(weight: Tensor) -> Tensor:

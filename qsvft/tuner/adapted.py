@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..maths import patterns
-from ..maths.basis import Basis
 from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorSource
+from ..storage.factors import StoredBasis
 from ..storage.nf4_product import slice_products
 from ..storage.weights import dense_weight, read_through
 from .config import QSVFTConfig
@@ -73,13 +73,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         assert isinstance(pattern, patterns.Pattern)
         return pattern
 
-    def basis(self, key: str) -> Basis:
+    def basis(self, key: str) -> StoredBasis:
         """A basis that this layer holds."""
         basis = self.qsvft_bases[key]
-        assert isinstance(basis, Basis)
+        assert isinstance(basis, StoredBasis)
         return basis
 
-    def held_bases(self) -> dict[BasisKey, Basis]:
+    def held_bases(self) -> dict[BasisKey, StoredBasis]:
         """Every basis that this layer holds, by its key."""
         return {BasisKey(key): self.basis(key) for key in self.qsvft_bases}
 

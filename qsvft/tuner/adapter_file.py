@@ -6,9 +6,8 @@ For each adapted layer, in adapter_model.safetensors:
     <layer>.qsvft_probe    (8,) fp32          fingerprint of the adapted map (see probe.py)
     <layer>.qsvft_base     (32,) uint8        SHA-256 of the base weight as stored
     <layer>.qsvft_entries  (entries,) int64   top_k only: positions i * k + j
-    <layer>.qsvft_scale    (k,) fp32          Hadamard basis only: alpha/s, which makes it independent of the base
     <layer>.qsvft_unit     () fp32            alpha, which multiplies M; none where it is 1 (config.unit "one")
-    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, scale, unit and factors if any, and the pattern
+    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, unit and factors if any, and the pattern
 
 The random pattern is drawn again from its seed; the digest shows that it came out the same. Factors are saved
 only with a self-contained adapter (self_contained.py). Everything read here is treated as hostile until it is
@@ -31,7 +30,7 @@ from .layer import QSVFTLinear
 from .probe import OTHER_FACTORS, TOLERANCE, content_digest
 from .self_contained import FactorDigests, split_factors, stored_factors
 
-_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_scale", "qsvft_unit", "qsvft_digest")
+_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest")
 _PREFIX = "base_model.model."
 
 
@@ -65,10 +64,6 @@ def _add_records(
     if isinstance(pattern, IndexPattern) and layer.settings[adapter].pattern == "top_k":
         selected[f"{name}.qsvft_entries.{adapter}"] = pattern.flat().cpu()
     contents: list[Tensor | str] = [selected[key], selected[f"{name}.qsvft_probe.{adapter}"], base]
-    if layer.forms[adapter].seeded:
-        scale = layer.qsvft_scale[adapter].cpu().clone()
-        selected[f"{name}.qsvft_scale.{adapter}"] = scale
-        contents.append(scale)
     if layer.settings[adapter].unit != "one":
         unit = torch.tensor(layer.units[adapter], dtype=torch.float32)
         selected[f"{name}.qsvft_unit.{adapter}"] = unit
@@ -88,7 +83,6 @@ class AdapterReader:
 
     def __init__(self, state_dict: dict[str, Tensor], config: QSVFTConfig, here: dict[str, Any]) -> None:
         self.config, self.here = config, here
-        self._layers: dict[str, QSVFTLinear] = {}
         factors, others = split_factors(state_dict)
         self.digests = FactorDigests(factors, complete=config.include_factors)
         others = {key: aligned(tensor) for key, tensor in others.items()}  # who assigns them computes with them
@@ -105,7 +99,6 @@ class AdapterReader:
                     f"{owner.removeprefix(_PREFIX)}: the adapter has an M for this layer, but the model has no such "
                     f"adapted layer (it has {len(bare)}). It was made for another model, or with other target_modules."
                 )
-        self._layers = bare
         for name, layer in bare.items():
             self._check_layer(name, layer, adapter)
 
@@ -132,8 +125,6 @@ class AdapterReader:
         if layer.settings[adapter].pattern == "top_k":
             self._load_entries(name, layer, adapter, self._find(name, "qsvft_entries"))
         contents: list[Tensor | str] = [M, probe, base]
-        if layer.forms[adapter].seeded:
-            contents.append(self._load_scale(name, layer, adapter))
         if layer.settings[adapter].unit != "one":
             contents.append(self._load_unit(name, layer, adapter))
         contents += [layer.pattern(adapter).digest(), self.digests.of_layer(layer, adapter)]
@@ -164,18 +155,6 @@ class AdapterReader:
         layer.qsvft_pattern[adapter] = pattern.to(layer.device)
         layer._set_probe(adapter, layer.original_weight())
 
-    def _load_scale(self, name: str, layer: QSVFTLinear, adapter: str) -> Tensor:
-        """Take over the scale that a seeded basis was trained with: only the base knows another one."""
-        scale, held = self._find(name, "qsvft_scale"), layer.qsvft_scale[adapter]
-        if scale.dtype != torch.float32 or scale.shape != held.shape or not bool(torch.isfinite(scale).all()):
-            raise ValueError(
-                f"{name}: the adapter's scale is {scale.dtype} of shape {tuple(scale.shape)}; expected finite "
-                f"torch.float32 of shape {tuple(held.shape)}. The adapter is of another model or config, or damaged."
-            )
-        layer.qsvft_scale[adapter] = scale.to(held.device)
-        layer._set_probe(adapter, layer.original_weight())
-        return scale
-
     def _load_unit(self, name: str, layer: QSVFTLinear, adapter: str) -> Tensor:
         """Take over the alpha that M was trained with."""
         unit = self._find(name, "qsvft_unit")
@@ -189,21 +168,9 @@ class AdapterReader:
             layer._set_probe(adapter, layer.original_weight())
         return unit
 
-    def _sharing(self, layer: QSVFTLinear, adapter: str) -> list[str]:
-        """The layers that share this one's basis."""
-        key, basis = layer.forms[adapter].inward, layer.basis(layer.forms[adapter].inward)
-        return [name for name, other in self._layers.items() if other.held_bases().get(key) is basis]
-
-    def _is_changed(self, name: str) -> bool:
-        """Whether a layer's weight is another than the adapter was saved with."""
-        return bytes(self._find(name, "qsvft_base").cpu().tolist()) != self._layers[name].base_digest
-
     def _mismatch(self, name: str, layer: QSVFTLinear, adapter: str, base: bytes, difference: float) -> str:
         if base != layer.base_digest:
             cause = "the weight is another one"
-        elif any(self._is_changed(other) for other in self._sharing(layer, adapter)):
-            group = layer.forms[adapter].group
-            cause = f"the weight is the same, but not all of those that it shares V with are ({group})"
         elif layer.came_from[adapter] is not None:
             cause = "the weight is the same, but the factors given for it are others"
         else:

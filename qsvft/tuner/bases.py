@@ -11,34 +11,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..maths.basis import Basis
 from ..maths.decomposition import Sides
-from ..maths.hadamard import HadamardBasis
-from ..maths.last_input import LastInput
 from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorSource
-from ..storage.factors import StoredBasis, make_bases, make_shared_basis
+from ..storage.factors import StoredBasis, make_bases
 from ..storage.residual import ResidualLinear
 from .adapted import AdaptedLinear
 from .config import QSVFTConfig
 from .form import Form
-from .groups import InputGroup
-from .sources import NOWHERE, Sources
+from .sources import Sources
 
 
 def hold_bases(
-    layer: AdaptedLinear,
-    form: Form,
-    weight: Tensor,
-    rank: int,
-    config: QSVFTConfig,
-    group: InputGroup | None,
-    sources: Sources,
+    layer: AdaptedLinear, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, sources: Sources
 ) -> tuple[Form, FactorSource | None]:
     """Let a layer hold at least ``rank`` directions of the bases of a form; directions held stay as they are.
 
@@ -48,7 +37,6 @@ def hold_bases(
         weight: (m, n) dense.
         rank: k.
         config: the adapter's config.
-        group: the layers that share the basis, if any.
         sources: where to look before they are computed.
 
     Returns:
@@ -61,20 +49,14 @@ def hold_bases(
             sources.check_weight(layer.module_name, form.inward, weight)
         layer.qsvft_bases.update({form.inward: base.basis("V"), form.outward: base.basis("U")})
         return form, None
-    held: dict[BasisKey, Any] = {**(group.held() if group is not None else {}), **layer.held_bases()}
-    owner, (m, n) = form.owner(layer.module_name), weight.shape
-    looked_up = NOWHERE if form.seeded else sources
-    source, found = looked_up.look_up(owner, form.sizes((m, n)), rank, config.factor_bits, weight.device)
+    held, (m, n) = layer.held_bases(), weight.shape
+    source, found = sources.look_up(layer.module_name, form.sizes((m, n)), rank, config.factor_bits, weight.device)
     if source is not None and source is sources.own:
         sources.check_weight(layer.module_name, form.inward, weight)
-    new: Mapping[BasisKey, Basis] = (
-        found if source is not None else _computed(layer.module_name, form, weight, rank, config, group, held)
-    )
+    new = found if source is not None else _computed(layer.module_name, form, weight, rank, config, held)
     names = {key: key for key in form.keys}
     for key, basis in new.items():
         names[key] = _place(held, key, basis, source is None or source is not sources.own)
-        if group is not None and held[names[key]].last_input is None:
-            held[names[key]].last_input = LastInput()
     layer.qsvft_bases.update({name: held[name] for name in names.values()})
     return replace(form, inward=names[form.inward], outward=names[form.outward]), source
 
@@ -85,9 +67,8 @@ def _computed(
     weight: Tensor,
     rank: int,
     config: QSVFTConfig,
-    group: InputGroup | None,
-    held: Mapping[BasisKey, Basis],
-) -> dict[BasisKey, Basis]:
+    held: Mapping[BasisKey, StoredBasis],
+) -> dict[BasisKey, StoredBasis]:
     """Those of the bases of which less than ``rank`` directions are held, anew."""
     missing = [key for key in form.keys if key not in held or held[key].rank < rank]
     if not missing:
@@ -98,17 +79,12 @@ def _computed(
             "for it. Give prepare() calibration=batches, or call qsvft.calibrate(model, config, batches) before the "
             "adapter is attached."
         )
-    if form.seeded:
-        size = weight.shape[1] if form.kind == "input" else weight.shape[0]
-        return {form.inward: HadamardBasis(size, rank, config.seed, weight.device)}
-    if group is not None:
-        return {form.inward: make_shared_basis(group.weights, rank, config.factor_bits, form.method)}
     sides: Sides = "both" if form.kind == "both" else "one"
     made = make_bases(weight, rank, sides, config.factor_bits, form.method)
     return {key: made[key.side] for key in missing}
 
 
-def _place(held: dict[BasisKey, Basis], key: BasisKey, basis: Basis, may_take_key: bool) -> BasisKey:
+def _place(held: dict[BasisKey, StoredBasis], key: BasisKey, basis: StoredBasis, may_take_key: bool) -> BasisKey:
     """Put a basis among those held; the name under which it is."""
     for name, other in held.items():
         if name.plain == key and _agree(other, basis):
@@ -120,10 +96,8 @@ def _place(held: dict[BasisKey, Basis], key: BasisKey, basis: Basis, may_take_ke
     return name
 
 
-def _agree(held: Basis, other: Basis) -> bool:
+def _agree(held: StoredBasis, other: StoredBasis) -> bool:
     """Whether the directions that both have are the same: from one source, computed here both, or bit for bit."""
-    if not isinstance(held, StoredBasis) or not isinstance(other, StoredBasis):
-        return False
     if held.came_from is other.came_from:
         return True
     rank = min(held.rank, other.rank)
@@ -131,8 +105,8 @@ def _agree(held: Basis, other: Basis) -> bool:
     return all(torch.equal(a.to(b.device), b) for a, b in pairs)
 
 
-def _extend(held: Basis, longer: Basis) -> None:
-    if isinstance(held, StoredBasis) and isinstance(longer, StoredBasis) and held.rank < longer.rank:
+def _extend(held: StoredBasis, longer: StoredBasis) -> None:
+    if held.rank < longer.rank:
         held.extend(longer)
         if held.came_from is not longer.came_from:
             held.came_from = None

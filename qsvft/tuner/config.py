@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..lean.option import INTEGER, NAMES, NUMBER, SWITCH, TABLE, WORD, declared, is_integer, one_of, option
+from ..lean.option import INTEGER, NAMES, SWITCH, TABLE, WORD, declared, is_integer, one_of, option
 from ..maths.decomposition import DECOMPOSITIONS
 from ..maths.patterns import PATTERNS
 from ..storage.stored_matrix import STORED_BITS
@@ -22,7 +22,7 @@ from ..storage.whole_files import whole_file
 from .peft_type import QSVFT
 
 SIDES = ("one", "both")
-BASES = ("singular", "hadamard", "data")
+BASES = ("singular", "data")
 UNITS = ("weight", "one")
 
 
@@ -41,12 +41,6 @@ def _is_bool(value: object) -> bool:
 
 def _is_names(value: Any) -> bool:
     return value is None or isinstance(value, str) or _strings(value)
-
-
-def _is_groups(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(names, (list, tuple)) and len(names) > 1 and _strings(names) for names in value
-    )
 
 
 def _strings(value: Any) -> bool:
@@ -77,29 +71,21 @@ class QSVFTConfig(PeftConfig):
             all k * k, and wants a small rank.
         off_diagonals: d. The band has k(2d+1) - d(d+1) entries; random and top_k take as many.
             Ignored by "plain" and "dense".
-        sides: "both" holds U and V, as the paper does, "one" only the factor of the smaller side. None is "both", and
-            "one" with what only goes with that: ``share_inputs`` and the Hadamard basis.
-        tail_damping: tau in [0, 1). The one-sided form divides by max(s_j, tau * rms(s)), so that
-            rounding is not blown up along the smallest singular values.
+        sides: "both" holds U and V, as the paper does, "one" only the factor of the smaller side.
         unit: what 1 in M stands for. "weight": a change of W as large as W itself, alpha = |W|_F / sqrt(entries), so
             that a step at one learning rate is as large for every pattern, rank and width; "one": 1, as in the
             paper. None is "weight", and "one" for an adapter saved before there was a choice.
-        seed: seed of the random pattern and of the Hadamard basis.
+        seed: seed of the random pattern.
         factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation).
-        share_inputs: layers that read the same input (q, k, v; gate, up) share the V of their stacked weight,
-            and compute Vᵀ x once. True finds them by their names in transformers' models; a list of lists of
-            sibling names, [["q_proj", "k_proj"]], says which. One-sided form only.
-        basis: "singular" (singular vectors) or "hadamard" (seeded random signs and a Walsh-Hadamard transform:
-            nothing stored, nothing decomposed; one-sided form only), or "data": V holds the leading directions of the
-            layer's inputs on some batches, U those of the gradient of its outputs (``sides="both"`` only; see
-            :func:`qsvft.calibrate`). They cannot be computed again, so that the adapter carries them
-            (``include_factors``).
+        basis: "singular" (singular vectors) or "data": V holds the leading directions of the layer's inputs on some
+            batches, U those of the gradient of its outputs (``sides="both"`` only; see :func:`qsvft.calibrate`). They
+            cannot be computed again, so that the adapter carries them (``include_factors``).
         decomposition: how U and V are computed: "exact" (fp64 singular vectors), "randomized" (fp64, directions that
             hold nearly the most energy that ``rank`` directions can, for a fraction of the time where the rank is
             small), "auto" (randomized where a weight has at least 1024 directions and the rank is at most an eighth of
             them, else exact) or "float32" (as auto in fp32; not reproducible, so that the adapter fits only the
             prepared model that it was trained on). None is "auto", and "exact" for an adapter saved before there was
-            a choice. The Hadamard basis ignores it.
+            a choice.
         residual: the base is NF4(W - U S Vᵀ) with U S Vᵀ added back, so that the factors make the base more
             exact; ``sides="both"`` only, on a dense base.
         include_factors: save U, V and their scales with the adapter (several gigabytes for a 7B model), so that
@@ -160,23 +146,10 @@ class QSVFTConfig(PeftConfig):
         lambda value: is_integer(value, 0),
         counted=True,
     )
-    sides: str | None = option(
-        None,
-        WORD,
-        "Hold both factors (the paper's form), or one; None for both, where nothing asks for one.",
-        one_of(SIDES)[0],
-        lambda value: value is None or value in SIDES,
-        of_factors=True,
-        counted=True,
-    )
-    tail_damping: float = option(
-        0.1,
-        NUMBER,
-        "Bound on 1/s of the one-sided form, in units of rms(s).",
-        "a number in [0, 1)",
-        lambda value: not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < 1,
-        counted=True,
-    )
+    sides: str = option(
+        "both", WORD, "Hold both factors (the paper's form), or that of the smaller side.", *one_of(SIDES),
+        of_factors=True, counted=True,
+    )  # fmt: skip
     unit: str | None = option(
         None,
         WORD,
@@ -184,10 +157,7 @@ class QSVFTConfig(PeftConfig):
         one_of(UNITS)[0],
         lambda value: value is None or value in UNITS,
     )
-    seed: int = option(
-        0, INTEGER, "Seed of the random pattern and of the Hadamard basis.", "an integer", is_integer,
-        of_factors=True, counted=True,
-    )  # fmt: skip
+    seed: int = option(0, INTEGER, "Seed of the random pattern.", "an integer", is_integer, counted=True)
     factor_bits: int = option(
         16,
         INTEGER,
@@ -197,22 +167,8 @@ class QSVFTConfig(PeftConfig):
         of_factors=True,
         counted=True,
     )
-    share_inputs: bool | list[list[str]] | None = option(
-        None,
-        SWITCH,
-        "One V for layers that read the same input (q, k, v; gate, up): True, False or lists of names.",
-        "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]",
-        lambda value: value is None or isinstance(value, bool) or _is_groups(value),
-        of_factors=True,
-        counted=True,
-    )
     basis: str = option(
-        "singular",
-        WORD,
-        "Singular vectors, a seeded Hadamard transform (nothing stored), or directions from data.",
-        *one_of(BASES),
-        of_factors=True,
-        counted=True,
+        "singular", WORD, "Singular vectors, or directions from data.", *one_of(BASES), of_factors=True, counted=True
     )
     decomposition: str | None = option(
         None,
@@ -252,28 +208,16 @@ class QSVFTConfig(PeftConfig):
             self.decomposition = "auto" if self.base is None else "exact"
         if self.unit is None:
             self.unit = "weight" if self.base is None else "one"
-        if self.sides is None:
-            self.sides = "one" if self.share_inputs or self.basis == "hadamard" else "both"
         if self.rank is None and self.pattern == "dense" and self.base is None:
             self.rank = DENSE_RANK
-        if self.share_inputs is None:
-            self.share_inputs = False
-        elif not isinstance(self.share_inputs, bool):
-            self.share_inputs = [list(names) for names in self.share_inputs]
         self._validate_together()
         self.include_factors = self.include_factors or self.basis == "data"
 
     def _validate_together(self) -> None:
         """What only goes with one form."""
-        if self.sides == "both":
-            for name, value in (("share_inputs", bool(self.share_inputs)), ("basis", self.basis == "hadamard")):
-                if value:
-                    _refuse(
-                        name, getattr(self, name), f"sides='one' with {name}={getattr(self, name)!r}; sides is 'both'"
-                    )
-        elif self.basis == "data":
+        if self.sides == "one" and self.basis == "data":
             _refuse("basis", "data", "sides='both' with basis='data'; sides is 'one'")
-        elif self.residual:
+        if self.sides == "one" and self.residual:
             _refuse("residual", True, "sides='both' with residual=True (it adds U S V^T back); sides is 'one'")
 
     def read_from(self, name: str, subfolder: str | None, options: Mapping[str, Any]) -> None:

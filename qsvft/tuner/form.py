@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..maths.decomposition import EXACT, Decomposer, chosen_method, small_side
+from ..maths.decomposition import Decomposer, chosen_method, small_side
 from ..storage.basis_key import BasisKey
 from ..storage.residual import ResidualLinear
 from .config import QSVFTConfig
@@ -18,62 +18,44 @@ class Form:
     Attributes:
         kind: the map.
         inward, outward: the keys of the bases.
-        seeded: whether the basis comes from a seed and not from the weight.
-        group: the layers that share the basis, if any.
         method: how the singular vectors are computed.
     """
 
     kind: Literal["input", "output", "both"]
     inward: BasisKey
     outward: BasisKey
-    seeded: bool = False
-    group: str | None = None
-    method: Decomposer = EXACT
+    method: Decomposer
 
     @property
     def keys(self) -> tuple[BasisKey, ...]:
         """The keys, each once."""
         return tuple(dict.fromkeys((self.inward, self.outward)))
 
-    def owner(self, layer: str) -> str:
-        """Under which module's name the bases are stored: the layer's, or the parent's of those that share them."""
-        return layer.rpartition(".")[0] if self.group is not None else layer
-
     def sizes(self, shape: tuple[int, int]) -> dict[BasisKey, int]:
         """The length of a direction of each basis, for a weight of shape (outputs, inputs)."""
         return {key: shape["UV".index(key.side)] for key in self.keys}
 
 
-def form_of(
-    config: QSVFTConfig, shape: tuple[int, int], rank: int, group: str | None = None, limit: int | None = None
-) -> Form:
+def form_of(config: QSVFTConfig, shape: tuple[int, int], rank: int) -> Form:
     """The form of an adapter on a weight of shape (outputs, inputs).
 
     Args:
         config: the adapter's config.
         shape: (m, n).
         rank: k on this layer.
-        group: the name of the group of layers whose input it shares, if any.
-        limit: how many directions the group's stacked weight has; min(m, n) without a group.
     """
-    method = EXACT
-    seeded = config.basis == "hadamard"
-    if not seeded:
-        method = chosen_method(min(shape) if limit is None else limit, rank, str(config.decomposition))
+    method = chosen_method(min(shape), rank, str(config.decomposition))
 
     def key(side: str) -> BasisKey:
         if config.basis == "data":
             return BasisKey.data(side, config.factor_bits, rank)
-        if seeded:
-            return BasisKey.hadamard(side, config.seed, rank, group=group)
-        original = config.residual
-        return BasisKey.singular(side, config.factor_bits, method, rank, original=original, group=group)
+        return BasisKey.singular(side, config.factor_bits, method, rank, original=config.residual)
 
     if config.sides == "both":
-        return Form("both", key("V"), key("U"), method=method)
-    kind = "input" if group is not None else small_side(shape)
+        return Form("both", key("V"), key("U"), method)
+    kind = small_side(shape)
     one = key("V" if kind == "input" else "U")
-    return Form(kind, one, one, seeded, group, method)
+    return Form(kind, one, one, method)
 
 
 def residual_key(side: str, base: ResidualLinear) -> BasisKey:

@@ -13,8 +13,8 @@
         +-> Vᵀ -> M -> U ---+
 
 W stays in ``base_layer``, in whatever way it is stored. U and V are frozen bases, held once for all
-adapters that agree on them (:mod:`qsvft.tuner.form`); layers that read the same input may share one. M is
-fp32, one per adapter; so is the scale 1/s, measured on the vectors as they are held.
+adapters that agree on them (:mod:`qsvft.tuner.form`). M is fp32, one per adapter; so is the scale 1/s, measured
+on the vectors as they are held.
 """
 
 from __future__ import annotations
@@ -26,14 +26,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..maths.autocast import in_compute_dtype
-from ..maths.updates import (
-    bounded_inverse,
-    coefficients_of,
-    input_side_update,
-    output_side_update,
-    two_sided_update,
-    unit_of,
-)
+from ..maths.updates import bounded_inverse, input_side_update, output_side_update, two_sided_update, unit_of
 from ..storage.factor_files import FactorSource
 from ..storage.factors import frobenius_norm, measured_scale
 from ..storage.residual import ResidualLinear
@@ -43,7 +36,6 @@ from .attach import choose_pattern, residual_base
 from .bases import hold_bases
 from .config import QSVFTConfig
 from .form import form_of
-from .groups import InputGroup
 from .parameter import Float32Parameter
 from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_difference, sketch, times_transpose
 from .sources import NOWHERE, DataDirections, Sources
@@ -66,23 +58,20 @@ class QSVFTLinear(AdaptedLinear):
         adapter_name: str,
         config: QSVFTConfig,
         module_name: str,
-        group: InputGroup | None = None,
         sources: Sources = NOWHERE,
     ) -> None:
         super().__init__(base_layer, module_name, shape_of(base_layer, module_name))
         self._expected_probe: dict[str, Tensor] = {}
         self._verified: set[str] = set()
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, group, sources)
+        self.update_layer(adapter_name, config, sources)
 
-    def update_layer(
-        self, adapter_name: str, config: QSVFTConfig, group: InputGroup | None = None, sources: Sources = NOWHERE
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: QSVFTConfig, sources: Sources = NOWHERE) -> None:
         """Add an adapter: decompose what is not held or stored, choose the pattern, put M at zero."""
         check_weight(self.module_name, self.original_base())
         shape = (self.out_features, self.in_features)
-        rank = rank_of(config, self.module_name, shape, group)
-        form = form_of(config, shape, rank, *((group.name, group.limit) if group is not None else ()))
+        rank = rank_of(config, self.module_name, shape)
+        form = form_of(config, shape, rank)
         if config.residual:
             base, bits = self.original_base(), config.factor_bits
             own = sources.own_bases(self.module_name, form.sizes(shape), rank, bits, next(base.parameters()).device)
@@ -95,7 +84,7 @@ class QSVFTLinear(AdaptedLinear):
                 "is damaged or overflowed; load it again."
             )
         self.base_digest = self.base_digest or weight_digest(self.original_base())
-        form, source = hold_bases(self, form, weight, rank, config, group, sources)
+        form, source = hold_bases(self, form, weight, rank, config, sources)
         self.settings[adapter_name], self.forms[adapter_name], self.came_from[adapter_name] = config, form, source
         pattern = choose_pattern(config, form, rank, weight, self.basis, self.module_name)
         self.qsvft_pattern[adapter_name] = pattern.to(weight.device)
@@ -113,15 +102,15 @@ class QSVFTLinear(AdaptedLinear):
 
     def _scale(self, adapter: str, weight: Tensor, source: FactorSource | None, trained_with: bool) -> Tensor:
         """alpha/s of a one-sided form, (rank,) fp32, as it is stored with the adapter, or else as it is measured."""
-        config, form, rank = self.settings[adapter], self.forms[adapter], self.pattern(adapter).rank
+        form, rank = self.forms[adapter], self.pattern(adapter).rank
         stored = None
         if source is not None:
-            stored = source.scale(self.module_name, form.inward.plain, rank, config.tail_damping, weight.device)
+            stored = source.scale(self.module_name, form.inward.plain, rank, weight.device)
         if stored is not None and trained_with:
             return stored
         if stored is None:
             s, rms = measured_scale(weight, self.basis(form.inward), form.inward.side, rank)
-            stored = bounded_inverse(s, rms, config.tail_damping)
+            stored = bounded_inverse(s, rms)
         return stored * self.units[adapter]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -138,7 +127,9 @@ class QSVFTLinear(AdaptedLinear):
         for name in active:
             if self.forms[name].kind == "input":
                 inner = self._updated(name, inner, x)
-        on_residual = [name for name in active if self._reads_residual(name)]
+        # What a one-sided adapter reads is the base alone; beside one, those on a residual base read x as any other.
+        alike = all(self.forms[name].kind == "both" for name in active)
+        on_residual = [name for name in active if alike and self._reads_residual(name)]
         if on_residual:
             kwargs["more"] = lambda h: self._residual_coefficients(on_residual, h)
         y = self._base(inner, *args, **kwargs)
@@ -146,8 +137,7 @@ class QSVFTLinear(AdaptedLinear):
         for name in active:
             kind = self.forms[name].kind
             if kind == "output":
-                # y is W x where no other adapter changed what W reads.
-                wx = self._without_bias(x, y if inner is x else None) if wx is None else wx
+                wx = self._without_bias(x, y) if wx is None else wx
                 result = self._updated(name, result, wx)
             elif kind == "both" and name not in on_residual:
                 result = self._updated(name, result, x)
@@ -165,39 +155,21 @@ class QSVFTLinear(AdaptedLinear):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         return result
 
-    def _without_bias(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """W x for the output side. y - b would do, but y was rounded where the bias may be large (Qwen's is), and
-        M's gradient would read that rounding; so a layer with a bias takes a product of its own."""
+    def _without_bias(self, x: Tensor, y: Tensor) -> Tensor:
+        """W x of y = W x + b, for the output side. y - b would do, but y was rounded where the bias may be large
+        (Qwen's is), and M's gradient would read that rounding; so a layer with a bias takes a product of its own."""
         bias = getattr(self.base_layer, "bias", None)
-        if y is not None and not isinstance(bias, Tensor):
+        if not isinstance(bias, Tensor):
             return y
         wx = product_without_bias(self.base_layer, x)
-        if wx is None:
-            y = self._base(x) if y is None else y
-            wx = y - bias.to(y.dtype) if isinstance(bias, Tensor) else y
-        return wx
+        return y - bias.to(y.dtype) if wx is None else wx
 
     def _updated(self, adapter: str, base: Tensor, x: Tensor) -> Tensor:
         """base plus the adapter's update of x, computed in the compute dtype (autocast's if active)."""
-        if self.forms[adapter].kind == "both":
-            products_alone = self.settings[adapter].pattern == "dense"
-            return in_compute_dtype(x, lambda a: self._apply_form(adapter, base, a), products_alone)
-        return in_compute_dtype(
-            x, lambda a: self._apply_form(adapter, base, a, h=self._shared_coefficients(adapter, x, a))
-        )
+        products_alone = self.forms[adapter].kind == "both" and self.settings[adapter].pattern == "dense"
+        return in_compute_dtype(x, lambda a: self._apply_form(adapter, base, a), products_alone)
 
-    def _shared_coefficients(self, adapter: str, x: Tensor, a: Tensor) -> Tensor | None:
-        """h of x (a in the compute dtype) from the layers that share the basis and read the same x, or None."""
-        basis, rank = self.basis(self.forms[adapter].inward), self.pattern(adapter).rank
-        if basis.last_input is None or a.numel() == 0 or torch.compiler.is_compiling():
-            return None
-        return basis.last_input.coefficients(
-            x, (rank, a.dtype), (id(self), adapter), lambda: coefficients_of(a, basis, rank)
-        )
-
-    def _apply_form(
-        self, adapter: str, base: Tensor, a: Tensor, values: Tensor | None = None, h: Tensor | None = None
-    ) -> Tensor:
+    def _apply_form(self, adapter: str, base: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
         M = self.qsvft_M[adapter] if values is None else values
         pattern, form = self.pattern(adapter), self.forms[adapter]
         scale = self._scale_of(adapter)
@@ -206,7 +178,7 @@ class QSVFTLinear(AdaptedLinear):
         assert isinstance(scale, Tensor)
         basis = self.basis(form.inward)
         if form.kind == "input":
-            return input_side_update(base, a, basis, scale, M, pattern, h)
+            return input_side_update(base, a, basis, scale, M, pattern)
         return output_side_update(base, a, basis, scale, M, pattern)
 
     def _scale_of(self, adapter: str) -> Tensor | float | None:
@@ -238,10 +210,6 @@ class QSVFTLinear(AdaptedLinear):
         if weight.is_meta:
             return weight.new_empty(SIZE, dtype=torch.float32)
         values = fixed_noise(self.pattern(adapter).count, 2, weight.device).float()
-        if self.forms[adapter].seeded:
-            # The basis does not come from W, so neither does what tells it from another.
-            a = fixed_noise(self.basis(self.forms[adapter].inward).size, 1, weight.device).unsqueeze(0)
-            return sketch(self._apply_form(adapter, torch.zeros_like(a), a, values))
         x = fixed_noise(self.in_features, 1, weight.device).unsqueeze(0)
         return sketch(self._apply_delta(adapter, x, values, weight))
 

@@ -21,11 +21,10 @@ from ..storage.weights import HeldLinear, describe_base
 from ..version import __version__
 from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
-from .groups import InputGroup
 from .layer import QSVFTLinear
 from .progress import progress_shown
 from .sources import NOWHERE, Sources, sources_of
-from .targets import all_linear, check_targets, groups_of
+from .targets import all_linear, check_targets
 
 
 class QSVFTModel(BaseTuner):
@@ -39,7 +38,6 @@ class QSVFTModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     _progress: Any = None
-    _groups: dict[str, InputGroup] | None = None
     _sources: Sources = NOWHERE
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +56,7 @@ class QSVFTModel(BaseTuner):
             yield
         finally:
             self._progress.close()
-            self._progress, self._groups, self._sources = None, None, NOWHERE
+            self._progress, self._sources = None, NOWHERE
 
     def _prepare_model(self, peft_config: QSVFTConfig, model: nn.Module) -> None:
         """Check what is asked for before anything is changed."""
@@ -66,7 +64,6 @@ class QSVFTModel(BaseTuner):
         names = check_targets(model, peft_config)
         if peft_config.target_modules == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
-        self._groups = groups_of(model, peft_config, names)
         self._sources = sources_of(peft_config, model)
         if self._progress is not None:
             self._progress.total = len(names)
@@ -81,17 +78,16 @@ class QSVFTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        group = (self._groups or {}).get(current_key)
         if isinstance(target, QSVFTLinear):
             layer = target
-            layer.update_layer(adapter_name, peft_config, group, self._sources)
+            layer.update_layer(adapter_name, peft_config, self._sources)
         elif isinstance(target, BaseTunerLayer):
             raise TypeError(
                 f"{current_key}: already adapted by {type(target).__name__}; expected a plain layer. Merge or unload "
                 "the other adapter first."
             )
         else:
-            layer = QSVFTLinear(target, adapter_name, peft_config, current_key, group, self._sources)
+            layer = QSVFTLinear(target, adapter_name, peft_config, current_key, self._sources)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)

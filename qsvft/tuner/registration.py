@@ -3,9 +3,9 @@
 PEFT's own ``register_peft_method`` does it, once the method has its member of ``PeftType`` (:mod:`.peft_type`). Without
 ``import qsvft`` in the process, ``PeftModel.from_pretrained`` on such an adapter ends in ``KeyError: 'QSVFT'``.
 
-Two of PEFT's functions are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
-``include_factors=`` (and would pass over it), and a config remembers where it was read, because PEFT hands an
-adapter's config on without saying so.
+Three of PEFT's functions are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
+``include_factors=`` (and would pass over it); a config remembers where it was read, because PEFT hands an adapter's
+config on without saying so; and options that are gone are refused, which PEFT would leave out with a warning.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 import peft
 from peft import PeftModel
 from peft.config import PeftConfigMixin
-from peft.utils import register_peft_method
+from peft.utils import CONFIG_NAME, register_peft_method
 
 from .config import QSVFTConfig
 from .model import QSVFTModel
 from .peft_type import NAME, QSVFT
+from .removed import without_removed
 
 
 def register() -> None:
@@ -32,6 +33,7 @@ def register() -> None:
     register_peft_method(name=NAME, config_cls=QSVFTConfig, model_cls=QSVFTModel)
     PeftModel.save_pretrained = _with_factors(PeftModel.save_pretrained)
     PeftConfigMixin.from_pretrained = classmethod(_remembering(PeftConfigMixin.from_pretrained.__func__))
+    PeftConfigMixin.from_peft_type = classmethod(_of_this_version(PeftConfigMixin.from_peft_type.__func__))
 
 
 def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
@@ -82,3 +84,16 @@ def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return from_pretrained
+
+
+def _of_this_version(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftConfig.from_peft_type``, through which every saved config goes, from a file or a dict."""
+
+    @functools.wraps(make)
+    def from_peft_type(cls: Any, **saved: Any) -> Any:
+        if saved.get("peft_type") == QSVFT or issubclass(cls, QSVFTConfig):
+            instead = "Use the version that made it, merge the adapter with that one, or train it anew."
+            saved = without_removed(saved, CONFIG_NAME, instead)
+        return make(cls, **saved)
+
+    return from_peft_type

@@ -1,8 +1,8 @@
 """A self-contained adapter (``include_factors=True``) carries its factors in adapter_model.safetensors.
 
-Beside each layer's records stand, under the names of :mod:`qsvft.storage.factor_names`: its bases (one that
-layers share once, with as many directions as any of them reads), the scale 1/s of a one-sided form as it was trained
-with, and a sketch of the weight that the factors are of. Nothing of the Hadamard basis is stored.
+Beside each layer's records stand, under the names of :mod:`qsvft.storage.factor_names`: the directions of its bases
+that the adapter reads, the scale 1/s of a one-sided form as it was trained with, and a sketch of the weight that the
+factors are of.
 
 Attaching maps the factors into memory from the file. PEFT itself reads the whole file to its ``torch_device`` before
 it hands the state dict over: on a small card load with ``torch_device="cpu"``.
@@ -14,45 +14,26 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..storage.basis_key import BasisKey
 from ..storage.factor_names import PARTS, SCALE, SKETCH, FactorName, adapter_tensors, factor_tensors, parse_name
-from ..storage.factors import StoredBasis
 from .adapted import AdaptedLinear
 from .probe import content_digest, weight_sketch
 
 
 def stored_factors(layers: Iterable[AdaptedLinear], adapter: str) -> dict[str, Tensor]:
-    """The factor tensors of an adapter's layers, by their names.
-
-    Raises:
-        ValueError: layers of a group hold different bases.
-    """
-    bases: dict[tuple[str, BasisKey], tuple[StoredBasis, int]] = {}
+    """The factor tensors of an adapter's layers, by their names."""
     tensors: dict[str, Tensor] = {}
     for layer in layers:
         form, rank = layer.forms[adapter], layer.pattern(adapter).rank
-        if form.seeded:
-            continue
         for held in form.keys:
-            basis, place = layer.basis(held), (form.owner(layer.module_name), held.plain)
-            assert isinstance(basis, StoredBasis)
-            known, most = bases.get(place, (basis, 0))
-            if known is not basis:
-                raise ValueError(
-                    f"{layer.module_name}: holds another basis {held} for adapter '{adapter}' than the layers that it "
-                    f"shares it with ({form.group}); expected the same. Load the adapter again, and save that."
-                )
-            bases[place] = (basis, max(rank, most))
+            tensors |= factor_tensors(layer.module_name, held.plain, layer.basis(held), rank)
         scale = layer.qsvft_scale[adapter] if form.kind != "both" else None
         sketch = weight_sketch(layer.original_weight())
         tensors |= adapter_tensors(layer.module_name, form.inward.plain, sketch, scale)
-    for (owner, key), (basis, most) in bases.items():
-        tensors |= factor_tensors(owner, key, basis, most)
     return tensors
 
 
 class FactorDigests:
-    """The SHA-256 of the factors that stand for a layer in an adapter's file; each basis is hashed once.
+    """The SHA-256 of the factors that stand for a layer in an adapter's file.
 
     Args:
         tensors: the factor tensors in the file.
@@ -61,7 +42,6 @@ class FactorDigests:
 
     def __init__(self, tensors: Mapping[FactorName, Tensor], complete: bool) -> None:
         self._tensors, self._complete = tensors, complete
-        self._known: dict[FactorName, str] = {}
 
     def of_layer(self, layer: AdaptedLinear, adapter: str) -> str:
         """One text for all of a layer's factors, "" for none.
@@ -70,29 +50,22 @@ class FactorDigests:
             ValueError: one of them is missing.
         """
         form = layer.forms[adapter]
-        if form.seeded:
-            return ""
         names = [FactorName(layer.module_name, form.inward.plain, SKETCH)]
         if form.kind != "both":
             names.append(names[0]._replace(part=SCALE))
         for held in form.keys:
-            basis = layer.basis(held)
-            assert isinstance(basis, StoredBasis)
-            owner = form.owner(layer.module_name)
-            names += [FactorName(owner, held.plain, part) for part in PARTS[basis.stored.bits]]
+            names += [FactorName(layer.module_name, held.plain, part) for part in PARTS[layer.basis(held).stored.bits]]
         return "".join(self._of_tensor(name) for name in names)
 
     def _of_tensor(self, name: FactorName) -> str:
         if name not in self._tensors:
             if self._complete:
                 raise ValueError(
-                    f"{name.owner}: the adapter says include_factors, but its file has no tensor {name}; found "
+                    f"{name.layer}: the adapter says include_factors, but its file has no tensor {name}; found "
                     f"{len(self._tensors)} other factors. It is incomplete: copy it again, or save the adapter again."
                 )
             return ""
-        if name not in self._known:
-            self._known[name] = bytes(content_digest(self._tensors[name]).tolist()).hex()
-        return self._known[name]
+        return bytes(content_digest(self._tensors[name]).tolist()).hex()
 
 
 def split_factors(state_dict: Mapping[str, Tensor]) -> tuple[dict[FactorName, Tensor], dict[str, Tensor]]:

@@ -32,12 +32,12 @@ class DataDirections:
     def __init__(self, bases: Mapping[tuple[str, BasisKey], StoredBasis], lengths: Mapping[str, float]) -> None:
         self._bases, self.lengths = dict(bases), dict(lengths)
 
-    def basis(self, owner: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
+    def basis(self, layer: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
         """``rank`` directions of R^size, None if it has not just that many."""
-        found = self._bases.get((owner, key))
+        found = self._bases.get((layer, key))
         return found.to(device) if found is not None and (found.rank, found.size) == (rank, size) else None
 
-    def scale(self, layer: str, key: BasisKey, rank: int, tail_damping: float, device: torch.device) -> Tensor | None:
+    def scale(self, layer: str, key: BasisKey, rank: int, device: torch.device) -> Tensor | None:
         """None: it knows no weight."""
         return None
 
@@ -57,12 +57,12 @@ class Sources:
     given: FactorSource | None = None
 
     def look_up(
-        self, owner: str, sizes: Mapping[BasisKey, int], rank: int, bits: int, device: torch.device
+        self, layer: str, sizes: Mapping[BasisKey, int], rank: int, bits: int, device: torch.device
     ) -> tuple[FactorSource | None, dict[BasisKey, StoredBasis]]:
         """The first source that has every basis of a form, and the bases by their keys.
 
         Args:
-            owner: module name of the layer, or of the parent of the layers that share the basis.
+            layer: its module name.
             sizes: the length of a direction, for each key.
             rank: k.
             bits: 16, 8 or 4, how they have to be held.
@@ -74,12 +74,12 @@ class Sources:
         for source in (self.own, self.data, self.given):
             if source is None:
                 continue
-            found = {key: source.basis(owner, key, rank, size, device) for key, size in sizes.items()}
+            found = {key: source.basis(layer, key, rank, size, device) for key, size in sizes.items()}
             bases = {key: basis for key, basis in found.items() if basis is not None}
             for key, basis in bases.items():
                 if basis.stored.bits != bits:
                     raise ValueError(
-                        f"{owner}: the stored basis {key} is held in {basis.stored.bits} bits, expected {bits}. "
+                        f"{layer}: the stored basis {key} is held in {basis.stored.bits} bits, expected {bits}. "
                         "The file is damaged: copy it again, or make it again."
                     )
                 basis.came_from = source
@@ -133,7 +133,7 @@ def sources_of(config: QSVFTConfig, model: nn.Module) -> Sources:
 
 def _own_factors(config: QSVFTConfig) -> FactorFiles | None:
     """The factors in the adapter's file, None if it is no self-contained one."""
-    if not config.include_factors or config.where_read is None or config.basis == "hadamard":
+    if not config.include_factors or config.where_read is None:
         return None
     path = weights_file(*config.where_read)
     if path is None:

@@ -15,7 +15,6 @@ from ..storage.residual import ResidualLinear
 from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
 from .config import DENSE_RANK, QSVFTConfig
-from .groups import InputGroup, input_groups
 
 
 def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[str] = ()) -> list[str]:
@@ -53,7 +52,6 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
             f"least one linear layer; it has {_known(model) or 'none'}."
         )
     shapes = {name: shape_of(model.get_submodule(name), name) for name in names}
-    groups = input_groups(model, shapes, config)
     for name in names:
         layer = model.get_submodule(name)
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -63,33 +61,23 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
                 "Add it to exclude_modules."
             )
         check_weight(name, layer)
-        rank_of(config, name, shapes[name], groups.get(name))
+        rank_of(config, name, shapes[name])
         if config.residual:
             _check_dense(name, layer)
-    _check_rank(config, shapes, groups)
+    _check_rank(config, shapes)
     return names
 
 
-def _check_rank(config: QSVFTConfig, shapes: Mapping[str, tuple[int, int]], groups: Mapping[str, InputGroup]) -> None:
+def _check_rank(config: QSVFTConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
     """A rank that not one of the layers has is a mistake; a layer that has fewer directions takes all of its own."""
-    most = max(shapes, key=lambda name: _limit(shapes[name], groups.get(name)))
-    limit = _limit(shapes[most], groups.get(most))
+    most = max(shapes, key=lambda name: min(shapes[name]))
+    limit = min(shapes[most])
     if config.rank not in (None, DENSE_RANK) and config.rank > limit:
         m, n = shapes[most]
         raise ValueError(
             f"rank={config.rank} is over the limit of every layer; {most}, which has the most directions, is {m} x "
             f"{n}. Expected a rank of at most {limit}."
         )
-
-
-def _limit(shape: tuple[int, int], group: InputGroup | None) -> int:
-    """How many directions a layer has."""
-    return min(shape) if group is None else group.limit
-
-
-def groups_of(model: nn.Module, config: QSVFTConfig, names: Sequence[str]) -> dict[str, InputGroup]:
-    """The groups of targeted layers that read the same input, by each member's name; see ``share_inputs``."""
-    return input_groups(model, {name: shape_of(model.get_submodule(name), name) for name in names}, config)
 
 
 def _check_dense(name: str, layer: nn.Module) -> None:
@@ -131,22 +119,21 @@ def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:
     return m, n
 
 
-def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int], group: InputGroup | None = None) -> int:
+def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int]) -> int:
     """k of a layer of shape (outputs, inputs): ``config.rank``, or all directions of a layer that has fewer.
 
     Raises:
         ValueError: ``rank_pattern`` asks for more than there are, or a band for more than k.
     """
-    (m, n), limit = shape, _limit(shape, group)
+    (m, n), limit = shape, min(shape)
     rank = limit if config.rank is None else min(config.rank, limit)
     key = get_pattern_key(list(config.rank_pattern), name)
     if key in config.rank_pattern:
         rank = config.rank_pattern[key]
     if rank > limit:
-        shared = "" if group is None else f" (the stacked weight of {', '.join(group.members)} has {limit} directions)"
         raise ValueError(
-            f"{name}: rank={rank} in rank_pattern is over the limit; its weight is {m} x {n}{shared}, expected a rank "
-            f"of at most {limit}."
+            f"{name}: rank={rank} in rank_pattern is over the limit; its weight is {m} x {n}, expected a rank of "
+            f"at most {limit}."
         )
     if config.pattern not in ("plain", "dense") and config.off_diagonals >= rank:
         raise ValueError(

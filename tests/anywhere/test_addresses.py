@@ -7,7 +7,7 @@ import torch
 from placed import OFFSETS, placed
 from torch import Tensor, nn
 
-from qsvft.maths.decomposition import Decomposer, chosen_method, decompose, shared_directions
+from qsvft.maths.decomposition import Decomposer, chosen_method, decompose
 from qsvft.storage.factors import make_bases, measured_scale
 from qsvft.storage.nf4 import nf4_parameter
 from qsvft.storage.quantization import quantized_linear
@@ -54,10 +54,6 @@ def decomposed(sides: str, decomposition: str):
     return function
 
 
-def of_shared(weight: Tensor) -> list[Tensor]:
-    return list(shared_directions(lambda: (weight, weight.flip(0)), RANK))
-
-
 def lengths(weight: Tensor) -> list[Tensor]:
     side = "V" if weight.shape[1] <= weight.shape[0] else "U"
     basis = make_bases(torch.ones_like(weight).tril().float(), RANK, "one", 16)[side]
@@ -90,7 +86,6 @@ QUANTITIES = {
     "randomized": decomposed("one", "randomized"),
     "float32": decomposed("one", "float32"),
     "float32, both sides": decomposed("both", "float32"),
-    "shared": of_shared,
     "lengths": lengths,
     "sketch": lambda weight: [weight_sketch(weight)],
     "stored in 16": stored(16),
@@ -99,7 +94,6 @@ QUANTITIES = {
     "adapter": adapter(),
     "adapter, one side": adapter(sides="one", pattern="banded"),
     "adapter, both sides": adapter(sides="both", pattern="banded"),
-    "adapter, hadamard": adapter(basis="hadamard", pattern="banded"),
     "adapter, one direction": adapter(sides="one", rank=1, pattern="plain"),
 }
 

@@ -20,16 +20,15 @@ from qsvft.tuner import QSVFTLinear
 
 pytestmark = pytest.mark.anywhere
 
-SHARED = {"share_inputs": True, "pattern": "banded"}
+ONE_SIDED = {"sides": "one", "pattern": "banded"}
 FORMS = [
     {},
-    SHARED,
-    {"bits": 8, "rank": 12, **SHARED},
+    ONE_SIDED,
+    {"bits": 8, "rank": 12, **ONE_SIDED},
     {"bits": 16, "rank": 16},
-    {"factor_bits": 4, **SHARED},
+    {"factor_bits": 4, **ONE_SIDED},
     {"factor_bits": 8, "pattern": "banded"},
     {"sides": "both", "residual": True, "rank": 24, "factor_bits": 4},
-    {"basis": "hadamard"},
 ]
 PLACES = pytest.mark.parametrize("offset", OFFSETS)
 
@@ -82,7 +81,7 @@ def test_a_prepared_directory_is_the_same_wherever_its_tensors_lie(llama, tmp_pa
 def test_a_checkpoint_gives_the_same_directory_wherever_its_tensors_lie(llama, tmp_path, offset):
     source = at(llama, offset, tmp_path / "source")
     residual = {"sides": "both", "residual": True, "rank": 24, "factor_bits": 4}
-    for options in ({}, SHARED, {"bits": 16, "rank": 16}, residual):
+    for options in ({}, ONE_SIDED, {"bits": 16, "rank": 16}, residual):
         shutil.rmtree(tmp_path / "found", ignore_errors=True)
         shutil.rmtree(tmp_path / "expected", ignore_errors=True)
         found = prepared(source, tmp_path / "found", **options)
@@ -103,7 +102,7 @@ def test_a_model_in_memory_gives_the_same_adapter_wherever_its_weights_lie(llama
 
 
 @PLACES
-@pytest.mark.parametrize("options", [{}, SHARED], ids=str)
+@pytest.mark.parametrize("options", [{}, ONE_SIDED], ids=str)
 def test_an_adapter_is_the_same_wherever_its_tensors_lie(llama, tmp_path, options, offset):
     folder = prepared(llama, tmp_path / "prepared", **options)
     model = randomize(loaded(folder, include_factors=True))
@@ -126,7 +125,7 @@ def test_an_adapter_is_the_same_wherever_its_tensors_lie(llama, tmp_path, option
 
 
 @PLACES
-@pytest.mark.parametrize("options", [{}, SHARED], ids=str)
+@pytest.mark.parametrize("options", [{}, ONE_SIDED], ids=str)
 def test_a_directory_gives_its_factors_wherever_they_lie(llama, tmp_path, options, offset):
     folder = prepared(llama, tmp_path / "prepared", dtype="bfloat16", **options)
     model, expected = load(llama), load(llama)
@@ -167,7 +166,7 @@ def test_every_written_tensor_lies_at_a_multiple_of_64_or_of_its_own_divisor(lla
             assert (end - begin) % 64 or (8 + length + begin) % 64 == 0, name
 
 
-@pytest.mark.parametrize("options", [{}, SHARED], ids=str)
+@pytest.mark.parametrize("options", [{}, ONE_SIDED], ids=str)
 def test_factors_of_whole_lines_are_the_files_own_pages(tmp_path, options):
     """Read twice they are the same memory: nothing is copied of a directory that was prepared."""
     source = save_llama(tmp_path / "source", num_hidden_layers=1)
@@ -176,5 +175,5 @@ def test_factors_of_whole_lines_are_the_files_own_pages(tmp_path, options):
     assert names
     for name in names:
         k, n = tensors[str(name)].shape
-        first, second = (files.basis(name.owner, name.key, k, n, torch.device("cpu")) for _ in range(2))
+        first, second = (files.basis(name.layer, name.key, k, n, torch.device("cpu")) for _ in range(2))
         assert first.stored.values.data_ptr() == second.stored.values.data_ptr()

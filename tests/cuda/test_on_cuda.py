@@ -25,8 +25,7 @@ FORMS = [
     {"pattern": "random", "off_diagonals": 1, "rank": 24},
     {"pattern": "top_k", "off_diagonals": 1, "sides": "both"},
     {"factor_bits": 8, "off_diagonals": 2},
-    {"factor_bits": 4, "share_inputs": True, "off_diagonals": 2},
-    {"basis": "hadamard", "off_diagonals": 2},
+    {"factor_bits": 4, "sides": "one", "off_diagonals": 2},
 ]
 
 

@@ -64,7 +64,7 @@ def held_storages(model):
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "no checkpointing"])
 @pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("form", [{}, {"share_inputs": True, "pattern": "banded", "off_diagonals": 2}], ids=str)
+@pytest.mark.parametrize("form", [{}, {"sides": "one", "pattern": "banded", "off_diagonals": 2}], ids=str)
 def test_the_gradients_are_bitwise_those_without_offloading(llama, form, bits, checkpointing, travelled):
     model = prepared(llama, bits=bits, gradient_checkpointing=checkpointing, **form)
     expected = gradients(model)

@@ -15,7 +15,6 @@ from qsvft.maths.decomposition import (
     Decomposer,
     chosen_method,
     decompose,
-    shared_directions,
     sign_reference,
     small_side,
 )
@@ -283,38 +282,6 @@ def test_the_length_of_a_stretch_does_not_matter(monkeypatch, m, n, sides, rando
                 if a is not None:
                     close(a, b)
         whole = parts
-
-
-@pytest.mark.parametrize("rows", [(40, 40, 40), (40, 10, 10), (5, 6)])
-@pytest.mark.parametrize("randomized", [False, True])
-def test_several_weights_are_decomposed_as_the_stacked_one(rows, randomized):
-    weights = [make_weight(m, 40, seed=m + i) for i, m in enumerate(rows)]
-    rank = min(sum(rows), 40) // 2
-    s, V = shared_directions(lambda: iter(weights), rank, Decomposer(randomized))
-    exact = torch.linalg.svd(torch.cat(weights), full_matrices=False)
-    close(s, exact[1][:rank])
-    close(V, exact[2][:rank] * torch.sign(exact[2][:rank] @ sign_reference(40)).unsqueeze(1))
-
-
-def test_weights_that_read_the_same_input_are_read_once_by_the_exact_method_and_a_few_times_by_the_other():
-    reads = []
-
-    def weights():
-        reads.append(1)
-        return (make_weight(20, 500), make_weight(20, 500, seed=1))
-
-    counts = []
-    for method in (EXACT, Decomposer(randomized=True)):
-        shared_directions(weights, 2, method)
-        counts.append(len(reads))
-        reads.clear()
-    assert counts[0] <= 2 < counts[1] <= 10
-
-
-def test_on_meta_only_shapes_are_made():
-    weights = [torch.empty(m, 8, device="meta") for m in (3, 4)]
-    s, V = shared_directions(lambda: weights, 5)
-    assert (s.shape, V.shape, V.device.type) == ((5,), (5, 8), "meta")
 
 
 @pytest.mark.parametrize("randomized", [False, True])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_basis import DenseBasis
 from torch import Tensor
 
 from qsvft.maths.dense_coefficients import dense_gradient
@@ -92,21 +91,3 @@ def test_the_gradient_of_M_is_summed_in_fp32(tokens, monkeypatch):
     assert float((found.double() - exact).norm()) < 2e-3 * float(exact.norm())
     monkeypatch.setattr("qsvft.maths.dense_coefficients._ENTRIES", 1)  # a stretch at a time
     torch.testing.assert_close(dense_gradient(g, h), found, rtol=1e-5, atol=1e-5 * float(exact.norm()))
-
-
-def test_bases_that_hold_nothing_take_the_general_way():
-    class Hidden(DenseBasis):
-        def held(self, rank: int) -> None:  # type: ignore[override]
-            return None
-
-        def to_coefficients(self, a: Tensor, rank: int) -> Tensor:
-            return a @ self.rows[:rank].T
-
-        def from_coefficients(self, base: Tensor, z: Tensor) -> Tensor:
-            return base + z @ self.rows[: z.shape[1]]
-
-    U, V, (base, a, values) = problem(torch.float64)
-    hidden = (Hidden(basis.dense(torch.float64)) for basis in (U, V))
-    found = two_sided_update(base, a, *hidden, values, DensePattern(RANK), 0.5)
-    expected = two_sided_update(base, a, U, V, values, DensePattern(RANK), 0.5)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

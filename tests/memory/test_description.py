@@ -31,8 +31,6 @@ OPTIONS = {
     "factors in 8 bits": {"bits": 4, "factor_bits": 8},
     "factors in 4 bits": {"bits": 4, "factor_bits": 4},
     "random pattern": {"bits": 4, "pattern": "random"},
-    "hadamard": {"bits": 4, "basis": "hadamard"},
-    "shared inputs": {"bits": 4, "share_inputs": True, "pattern": "banded"},
     "residual": {"bits": 4, "sides": "both", "rank": 16, "residual": True},
     "vocabulary in 8 bits": {"bits": 4, "quantize_embeddings": 8},
     "vocabulary in 4 bits": {"bits": 4, "quantize_embeddings": 4},
@@ -190,12 +188,6 @@ def test_a_quantised_vocabulary_counts_as_the_dense_one_does(llama, bits):
     stored = model.get_base_model().lm_head.stored
     assert {categories[id(part)] for part in stored.buffers()} == {"other weights"}
     assert held_bytes(prepared(llama, bits=4))["base"] - held_bytes(model)["base"] > 0
-
-
-def test_a_factor_that_layers_share_counts_once(llama):
-    model = prepared(llama, bits=4, share_inputs=True, target_modules=["q_proj", "k_proj", "v_proj"])
-    factors = row(describe(model), "factors", "bfloat16")
-    assert (factors.tensors, factors.nbytes) == (2, 2 * 64 * 64 * 2)
 
 
 def test_a_head_that_is_trained_whole_is_a_module_to_save(llama):

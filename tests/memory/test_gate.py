@@ -32,7 +32,7 @@ def gate() -> ModuleType:
     return module
 
 
-@pytest.fixture(params=["qsvft", "qsvft:sides=one,pattern=banded,share_inputs=true"])
+@pytest.fixture(params=["qsvft", "qsvft:sides=one,pattern=banded"])
 def case(request) -> tuple[str, int, bool, str]:
     return ("tiny", 256, False, request.param)
 
@@ -60,7 +60,7 @@ def held_as_a_copy(self: StoredBasis, rank: int) -> Held:
     [
         ("qsvft", "held", held_as_a_copy),
         ("qsvft:pattern=banded", "to_coefficients", coefficients_of_a_copy),
-        ("qsvft:sides=one,pattern=banded,share_inputs=true", "to_coefficients", coefficients_of_a_copy),
+        ("qsvft:sides=one,pattern=banded", "to_coefficients", coefficients_of_a_copy),
     ],
     indirect=["case"],
 )

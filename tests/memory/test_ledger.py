@@ -18,24 +18,21 @@ from qsvft.memory.scenario import count_step
 from qsvft.memory.shapes import ATTENTION
 from qsvft.memory.step import count_on, make_optimizer
 
-BANDED = "qsvft:sides=one,pattern=banded,share_inputs=true"
+BANDED = "qsvft:sides=one,pattern=banded"
 VARIANTS = (
     *METHODS,
     BANDED,
     "qsvft:sides=both,pattern=banded",
-    "qsvft:share_inputs=true,pattern=plain",
-    "qsvft:share_inputs=true,rank=24,pattern=random",
-    "qsvft:share_inputs=true,pattern=top_k",
+    "qsvft:sides=one,pattern=plain",
+    "qsvft:sides=one,rank=24,pattern=random",
+    "qsvft:sides=one,pattern=top_k",
     "qsvft:bits=16",
     f"{BANDED},bits=16",
-    "qsvft:sides=one,pattern=banded,share_inputs=false",
     "qsvft:sides=one",
     "qsvft:factor_bits=8",
     f"{BANDED},factor_bits=8",
     "qsvft:factor_bits=4,rank=24",
     f"{BANDED},factor_bits=4,rank=24",
-    "qsvft:basis=hadamard",
-    "qsvft:basis=hadamard,pattern=banded,share_inputs=true",
     "qsvft:sides=both,residual=true,factor_bits=8",
     "qsvft:factor_bits=4,quantize_embeddings=8",
     "qsvft:quantize_embeddings=4,chunked_loss=false",
@@ -77,7 +74,7 @@ def test_categories_add_up_to_the_peak() -> None:
     assert ledger.peaks()["total"].nbytes == max(sum(point.live.values()) for point in thinned(ledger))
 
 
-HELD = ("qlora", "qsvft", BANDED, "qsvft:sides=one,pattern=banded", "qsvft:sides=both,pattern=banded", "svft", "full")
+HELD = ("qlora", "qsvft", BANDED, "qsvft:sides=both,pattern=banded", "svft", "full")
 
 
 @pytest.mark.parametrize("text", HELD)
@@ -103,10 +100,6 @@ def test_held_bytes_are_what_the_shapes_say(text: str) -> None:
         k = min(m, n)
         return rounded(2 * k * k) + rounded(4 * k)
 
-    def shared_factors() -> int:
-        """V of q, k, v and of gate, up, and those of o and down alone, all as wide as the model; 7 scales."""
-        return layers * (4 * rounded(2 * hidden * hidden) + 7 * rounded(4 * hidden))
-
     def both_factors(m: int, n: int) -> int:
         k = min(m, n)
         return rounded(2 * k * m) + rounded(2 * k * n)
@@ -114,8 +107,7 @@ def test_held_bytes_are_what_the_shapes_say(text: str) -> None:
     expected = {
         "qlora": ("base weights", total(nf4)),
         "qsvft": ("factors", total(both_factors)),
-        BANDED: ("factors", shared_factors()),
-        "qsvft:sides=one,pattern=banded": ("factors", total(small_factor)),
+        BANDED: ("factors", total(small_factor)),
         "qsvft:sides=both,pattern=banded": ("factors", total(both_factors)),
         "svft": ("factors", total(both_factors) + total(lambda m, n: rounded(2 * min(m, n)))),
         "full": ("trainable", sum(rounded(2 * p.numel()) for p in real_base().parameters())),
@@ -123,8 +115,6 @@ def test_held_bytes_are_what_the_shapes_say(text: str) -> None:
     assert categories[expected[0]] == expected[1]
     if text == "qsvft":
         assert trainable == total(lambda m, n: min(m, n) ** 2)
-    elif text == BANDED:
-        assert trainable == 7 * layers * (17 * hidden - 72)
     elif text.startswith("qsvft"):
         assert trainable == total(lambda m, n: 17 * min(m, n) - 72)
 

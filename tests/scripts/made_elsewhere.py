@@ -17,16 +17,15 @@ from small_models import randomize
 
 import qsvft
 
-SHARED = {"share_inputs": True, "pattern": "banded"}
+ONE_SIDED = {"sides": "one", "pattern": "banded"}
 FORMS = {
     "default": {},
-    "one-sided": SHARED,
+    "one-sided": ONE_SIDED,
     "two-sided": {"sides": "both", "pattern": "banded", "factor_bits": 8},
-    "nf4": {"factor_bits": 4, "rank": 48, **SHARED},
-    "randomized": {"decomposition": "randomized", "rank": 32, **SHARED},
+    "nf4": {"factor_bits": 4, "rank": 48, **ONE_SIDED},
+    "randomized": {"decomposition": "randomized", "rank": 32, **ONE_SIDED},
     "int8": {"bits": 8},
     "residual": {"sides": "both", "residual": True, "factor_bits": 4, "rank": 64},
-    "hadamard": {"basis": "hadamard"},
 }
 
 

@@ -19,7 +19,7 @@ STEPS = 3
 
 def prepared():
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-    return qsvft.prepare(model, bits=4, pattern="banded", off_diagonals=2, share_inputs=True, progress=False)
+    return qsvft.prepare(model, bits=4, pattern="banded", off_diagonals=2, sides="one", progress=False)
 
 
 def batch(step, rank):

@@ -20,7 +20,7 @@ from qsvft.storage.factor_names import FactorName, adapter_tensors, parse_name
 from qsvft.storage.factors import StoredBasis, make_bases, measured_scale
 from qsvft.storage.tensor_writer import write_tensors
 
-OWNER, KEY, CPU = "model.layers.0.self_attn.o_proj", "V_x", torch.device("cpu")
+LAYER, KEY, CPU = "model.layers.0.self_attn.o_proj", "V_x", torch.device("cpu")
 BITS = pytest.mark.parametrize("bits", [16, 8, 4])
 ROWS, COLUMNS = 40, 75  # no multiple of a block
 
@@ -35,14 +35,14 @@ def basis(bits: int, rank: int = ROWS) -> StoredBasis:
 
 def tensors(bits: int) -> dict[str, Tensor]:
     held = basis(bits)
-    return factor_tensors(OWNER, KEY, held) | length_tensors(OWNER, KEY, *measured_scale(weight(), held, "V", ROWS))
+    return factor_tensors(LAYER, KEY, held) | length_tensors(LAYER, KEY, *measured_scale(weight(), held, "V", ROWS))
 
 
 def written(folder: Path, bits: int, prefix: str = "", **changes: Tensor | None) -> FactorFiles:
     """The factors in a file, some parts of them changed or left out."""
     named = tensors(bits)
     for part, tensor in changes.items():
-        name = str(FactorName(OWNER, KEY, part))
+        name = str(FactorName(LAYER, KEY, part))
         del named[name]
         if tensor is not None:
             named[name] = tensor
@@ -51,7 +51,7 @@ def written(folder: Path, bits: int, prefix: str = "", **changes: Tensor | None)
 
 
 def read(files: FactorFiles, rank: int = ROWS, size: int = COLUMNS) -> StoredBasis | None:
-    return files.basis(OWNER, KEY, rank, size, CPU)
+    return files.basis(LAYER, KEY, rank, size, CPU)
 
 
 def same_parts(left: StoredBasis, right: StoredBasis) -> bool:
@@ -60,10 +60,10 @@ def same_parts(left: StoredBasis, right: StoredBasis) -> bool:
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.", "model.", "a.qsvfty."])
-@pytest.mark.parametrize("owner", [OWNER, "", "0", "h.0.mlp"])
-def test_a_name_is_read_back_whatever_stands_before_it(prefix, owner):
+@pytest.mark.parametrize("layer", [LAYER, "", "0", "h.0.mlp"])
+def test_a_name_is_read_back_whatever_stands_before_it(prefix, layer):
     for part in ("values", "codes", "maxima", "scales", "s", "rms", "residual_s", "scale", "sketch"):
-        name = FactorName(owner, "V_int8_of_q_proj_k_proj", part)
+        name = FactorName(layer, "V_int8_randomized_64_original", part)
         assert parse_name(f"{prefix}{name}") == name
 
 
@@ -90,7 +90,7 @@ def test_names_are_those_of_the_format():
 def test_a_basis_is_read_bit_for_bit(tmp_path, bits, prefix):
     files = written(tmp_path, bits, prefix)
     assert same_parts(read(files), basis(bits))
-    assert files.keys() == [(OWNER, KEY)] and files.rank(OWNER, KEY) == ROWS
+    assert files.keys() == [(LAYER, KEY)] and files.rank(LAYER, KEY) == ROWS
 
 
 @BITS
@@ -104,36 +104,36 @@ def test_the_first_directions_are_those_of_the_longer_basis(tmp_path, bits, rank
 def test_what_is_not_stored_is_not_found(tmp_path, bits):
     files = written(tmp_path, bits)
     assert read(files, ROWS + 1) is None
-    assert files.basis(OWNER, "U_x", 1, COLUMNS, CPU) is None and files.rank(OWNER, "U_x") == 0
-    assert files.lengths(OWNER, KEY, ROWS + 1, CPU) is None and files.lengths("other", KEY, 1, CPU) is None
-    assert files.scale("other", KEY, 1, 0.1, CPU) is None
+    assert files.basis(LAYER, "U_x", 1, COLUMNS, CPU) is None and files.rank(LAYER, "U_x") == 0
+    assert files.lengths(LAYER, KEY, ROWS + 1, CPU) is None and files.lengths("other", KEY, 1, CPU) is None
+    assert files.scale("other", KEY, 1, CPU) is None
 
 
 @pytest.mark.parametrize("rank", [1, 17, ROWS])
 def test_lengths_and_the_scale_of_them_are_as_measured(tmp_path, rank):
     files, expected = written(tmp_path, 8), measured_scale(weight(), basis(8), "V", rank)
-    s, rms = files.lengths(OWNER, KEY, rank, CPU)
+    s, rms = files.lengths(LAYER, KEY, rank, CPU)
     assert torch.equal(s, expected[0]) and torch.equal(rms, expected[1])
-    assert torch.equal(files.scale(OWNER, KEY, rank, 0.3, CPU), bounded_inverse(*expected, 0.3))
+    assert torch.equal(files.scale(LAYER, KEY, rank, CPU), bounded_inverse(*expected))
 
 
 def test_an_adapters_own_scale_is_taken_before_lengths(tmp_path):
-    own = adapter_tensors(OWNER, KEY, torch.arange(8.0), torch.full((ROWS,), 3.0))
+    own = adapter_tensors(LAYER, KEY, torch.arange(8.0), torch.full((ROWS,), 3.0))
     save_file(tensors(8) | own, tmp_path / "model.safetensors")
     files = factors_in(tmp_path)
-    assert torch.equal(files.scale(OWNER, KEY, ROWS, 0.1, CPU), torch.full((ROWS,), 3.0))
-    assert torch.equal(files.sketch(OWNER, KEY, 8), torch.arange(8.0))
+    assert torch.equal(files.scale(LAYER, KEY, ROWS, CPU), torch.full((ROWS,), 3.0))
+    assert torch.equal(files.sketch(LAYER, KEY, 8), torch.arange(8.0))
     with pytest.raises(ValueError, match=r"V_x\.scale is torch.float32 of shape \(40,\), expected .* \(39,\)"):
-        files.scale(OWNER, KEY, ROWS - 1, 0.1, CPU)
+        files.scale(LAYER, KEY, ROWS - 1, CPU)
 
 
 def test_a_residual_bases_own_lengths_are_found_with_its_rank(tmp_path):
-    save_file(residual_tensors(OWNER, KEY, -torch.arange(5.0)), tmp_path / "model.safetensors")
+    save_file(residual_tensors(LAYER, KEY, -torch.arange(5.0)), tmp_path / "model.safetensors")
     files = factors_in(tmp_path)
-    assert list(files.residuals()) == [(OWNER, KEY, 5)] and files.keys() == []
-    assert torch.equal(files.residual_lengths(OWNER, KEY, 5, CPU), -torch.arange(5.0))
+    assert list(files.residuals()) == [(LAYER, KEY, 5)] and files.keys() == []
+    assert torch.equal(files.residual_lengths(LAYER, KEY, 5, CPU), -torch.arange(5.0))
     with pytest.raises(ValueError, match=r"residual_s is .* expected torch.float32 of shape \(6,\)"):
-        files.residual_lengths(OWNER, KEY, 6, CPU)
+        files.residual_lengths(LAYER, KEY, 6, CPU)
 
 
 def test_all_tensors_come_under_their_plain_names(tmp_path):
@@ -153,7 +153,7 @@ def test_a_copy_reads_the_files_by_itself(tmp_path, again):
 @pytest.mark.parametrize("rank", [17, 64])
 def test_on_the_cpu_a_basis_is_the_files_own_pages(tmp_path, bits, rank):
     """Read twice it is the same memory: mapped, and not copied. (The bytes of 64 directions are multiples of 64.)"""
-    write_tensors(factor_tensors(OWNER, KEY, basis(bits, 64)), tmp_path / "model.safetensors", {})
+    write_tensors(factor_tensors(LAYER, KEY, basis(bits, 64)), tmp_path / "model.safetensors", {})
     files = factors_in(tmp_path)
     pairs = zip(read(files, rank).stored.parts(), read(files, rank).stored.parts(), strict=True)
     assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
@@ -207,7 +207,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize(("bits", "part", "damage", "message"), DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_part_that_does_not_fit_is_refused_with_file_and_name(tmp_path, bits, part, damage, message):
-    name = str(FactorName(OWNER, KEY, part))
+    name = str(FactorName(LAYER, KEY, part))
     files = written(tmp_path, bits, **{part: damage(tensors(bits)[name]).contiguous()})
     with pytest.raises(ValueError, match=rf"{name} is .*{message}.* copy it again") as refusal:
         read(files)
@@ -237,12 +237,12 @@ LENGTHS = {
 @pytest.mark.parametrize(("changes", "message"), LENGTHS.values(), ids=LENGTHS.keys())
 def test_lengths_that_do_not_fit_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        written(tmp_path, 16, **changes).scale(OWNER, KEY, ROWS, 0.1, CPU)
+        written(tmp_path, 16, **changes).scale(LAYER, KEY, ROWS, CPU)
 
 
 def test_a_sketch_that_is_not_there_is_asked_for_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"expected the tensor qsvft\S+V_x\.sketch, found none"):
-        written(tmp_path, 16).sketch(OWNER, KEY, 8)
+        written(tmp_path, 16).sketch(LAYER, KEY, 8)
 
 
 def test_a_basis_of_another_size_is_refused(tmp_path):

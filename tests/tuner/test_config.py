@@ -32,18 +32,12 @@ REFUSED = [
     ("off_diagonals", False, "an integer of at least 0"),
     ("sides", "left", "one of 'one', 'both'"),
     ("sides", 1, "one of 'one', 'both'"),
-    ("tail_damping", 1.0, "a number in [0, 1)"),
-    ("tail_damping", -0.1, "a number in [0, 1)"),
-    ("tail_damping", float("nan"), "a number in [0, 1)"),
-    ("tail_damping", "0.1", "a number in [0, 1)"),
-    ("tail_damping", True, "a number in [0, 1)"),
+    ("sides", None, "one of 'one', 'both'"),
     ("seed", 1.0, "an integer"),
     ("seed", None, "an integer"),
     ("factor_bits", 5, "16 (bf16), 8 (int8) or 4 (NF4)"),
     ("factor_bits", "4", "16 (bf16), 8 (int8) or 4 (NF4)"),
-    ("share_inputs", "yes", "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]"),
-    ("share_inputs", [["q_proj"]], "True, False or lists of at least two names, such as [['q_proj', 'k_proj']]"),
-    ("basis", "fourier", "one of 'singular', 'hadamard', 'data'"),
+    ("basis", "fourier", "one of 'singular', 'data'"),
     ("decomposition", "svd", "one of 'auto', 'exact', 'randomized', 'float32'"),
     ("decomposition", True, "one of 'auto', 'exact', 'randomized', 'float32'"),
     ("residual", 1, "True or False"),
@@ -64,42 +58,31 @@ def test_every_field_of_the_method_has_a_test_of_its_refusal():
     assert own == {name for name, _, _ in REFUSED}
 
 
-@pytest.mark.parametrize("option", [{"share_inputs": True}, {"basis": "hadamard"}], ids=str)
-def test_what_needs_the_one_sided_form_is_refused_with_both_sides(option):
-    (name,) = option
-    with pytest.raises(ValueError, match=rf"QSVFTConfig\.{name}: expected sides='one' with {name}=.*; sides is 'both'"):
-        QSVFTConfig(sides="both", **option)
-
-
-@pytest.mark.parametrize("one_sided", [{"sides": "one"}, {"share_inputs": True}], ids=str)
 @pytest.mark.parametrize(
     ("name", "value", "why"), [("residual", True, " (it adds U S V^T back)"), ("basis", "data", "")]
 )
-def test_what_needs_both_sides_is_refused_with_one(name, value, why, one_sided):
+def test_what_needs_both_sides_is_refused_with_one(name, value, why):
     message = f"QSVFTConfig.{name}: expected sides='both' with {name}={value!r}{why}; sides is 'one', got {value!r}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        QSVFTConfig(**{name: value}, **one_sided)
+        QSVFTConfig(**{name: value}, sides="one")
 
 
 NOT_GIVEN = [
-    ({}, ("dense", "both", 128, False)),
-    ({"rank": 12}, ("dense", "both", 12, False)),
-    ({"pattern": "banded"}, ("banded", "both", None, False)),
-    ({"pattern": "plain", "sides": "one"}, ("plain", "one", None, False)),
-    ({"share_inputs": True}, ("dense", "one", 128, True)),
-    ({"share_inputs": [["q_proj", "k_proj"]]}, ("dense", "one", 128, [["q_proj", "k_proj"]])),
-    ({"share_inputs": False}, ("dense", "both", 128, False)),
-    ({"basis": "hadamard"}, ("dense", "one", 128, False)),
-    ({"basis": "data"}, ("dense", "both", 128, False)),
-    ({"residual": True}, ("dense", "both", 128, False)),
-    ({"base": {"weights": []}}, ("dense", "both", None, False)),  # saved with a dense M of all directions
+    ({}, ("dense", "both", 128)),
+    ({"rank": 12}, ("dense", "both", 12)),
+    ({"pattern": "banded"}, ("banded", "both", None)),
+    ({"pattern": "plain", "sides": "one"}, ("plain", "one", None)),
+    ({"sides": "one"}, ("dense", "one", 128)),
+    ({"basis": "data"}, ("dense", "both", 128)),
+    ({"residual": True}, ("dense", "both", 128)),
+    ({"base": {"weights": []}}, ("dense", "both", None)),  # saved with a dense M of all directions
 ]
 
 
 @pytest.mark.parametrize(("given", "expected"), NOT_GIVEN, ids=[str(given) for given, _ in NOT_GIVEN])
 def test_what_is_not_given_follows_from_what_is(given, expected):
     config = QSVFTConfig(**given)
-    assert (config.pattern, config.sides, config.rank, config.share_inputs) == expected
+    assert (config.pattern, config.sides, config.rank) == expected
 
 
 FULL = {
@@ -111,7 +94,6 @@ FULL = {
     "pattern": "random",
     "off_diagonals": 3,
     "sides": "both",
-    "tail_damping": 0.05,
     "seed": 11,
     "factor_bits": 8,
     "decomposition": "randomized",
@@ -122,10 +104,7 @@ FULL = {
 }
 
 
-SHARED = {"share_inputs": [["q_proj", "k_proj"]], "basis": "hadamard"}
-
-
-@pytest.mark.parametrize("options", [{}, FULL, SHARED], ids=["defaults", "every field", "one-sided fields"])
+@pytest.mark.parametrize("options", [{}, FULL, {"sides": "one"}], ids=["defaults", "every field", "one-sided"])
 def test_a_saved_config_comes_back_equal(tmp_path, options):
     config = QSVFTConfig(**options, inference_mode=True)
     config.save_pretrained(str(tmp_path))

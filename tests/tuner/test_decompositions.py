@@ -13,7 +13,7 @@ from torch import nn
 import qsvft
 from qsvft import QSVFTConfig
 from qsvft.maths import subspace
-from qsvft.maths.decomposition import EXACT, Decomposer, decompose, shared_directions
+from qsvft.maths.decomposition import EXACT, Decomposer, decompose
 from qsvft.tuner import QSVFTLinear
 from qsvft.tuner.form import form_of
 
@@ -21,7 +21,6 @@ RANDOMIZED, FLOAT32 = Decomposer(randomized=True), Decomposer(dtype=torch.float3
 BOTH = Decomposer(randomized=True, dtype=torch.float32)
 BANDED = {"pattern": "banded", "off_diagonals": 4}
 ONE_SIDED = {**BANDED, "sides": "one"}
-SHARED = {**BANDED, "share_inputs": True}
 
 
 @pytest.fixture
@@ -59,24 +58,16 @@ def expected(layer: QSVFTLinear, rank: int, method: Decomposer) -> torch.Tensor:
     ],
 )
 def test_a_key_says_how_the_vectors_were_computed(decomposition, rank, part, method):
-    def form(shape, group=(), **options):
-        return form_of(QSVFTConfig(decomposition=decomposition, **options), shape, rank, *group)
+    def form(shape, **options):
+        return form_of(QSVFTConfig(decomposition=decomposition, **options), shape, rank)
 
-    alone, wide = form((2048, 1024), sides="one"), form((1024, 2048), sides="one", factor_bits=4)
-    shared = form((512, 1024), ("q_proj_k_proj", 1024), share_inputs=True, factor_bits=8)
+    tall, wide = form((2048, 1024), sides="one"), form((1024, 2048), sides="one", factor_bits=4)
     both, residual = form((2048, 1024)), form((1024, 1024), residual=True)
-    assert alone.keys == (f"V_bf16{part}",)
+    assert tall.keys == (f"V_bf16{part}",)
     assert wide.keys == (f"U_nf4{part}",)
-    assert shared.keys == (f"V_int8{part}_of_q_proj_k_proj",)
     assert both.keys == (f"V_bf16{part}", f"U_bf16{part}")
     assert residual.keys == (f"V_bf16{part}_original", f"U_bf16{part}_original")
-    assert {f.method for f in (alone, wide, shared, both, residual)} == {method}
-
-
-@pytest.mark.parametrize("decomposition", ["exact", "randomized", "float32"])
-def test_the_hadamard_basis_is_not_decomposed(decomposition):
-    hadamard = QSVFTConfig(basis="hadamard", decomposition=decomposition)
-    assert form_of(hadamard, (2048, 1024), 64) == form_of(QSVFTConfig(basis="hadamard"), (2048, 1024), 64)
+    assert {f.method for f in (tall, wide, both, residual)} == {method}
 
 
 def test_a_large_weight_with_a_small_rank_gets_randomized_directions_by_itself():
@@ -115,20 +106,10 @@ def test_a_larger_rank_never_extends_randomized_directions(narrow):
     assert not torch.equal(held(layer, "V_bf16_randomized_20")[:12], before)
 
 
-def test_layers_that_share_an_input_hold_the_randomized_directions_of_their_stacked_weight(narrow, llama):
-    model = qsvft.prepare(load(llama), bits=4, **SHARED, rank=12, decomposition="randomized")
-    q, k, v = (model.get_submodule(f"base_model.model.model.layers.0.self_attn.{name}_proj") for name in "qkv")
-    (key,) = q.qsvft_bases
-    assert key == "V_bf16_randomized_12_of_q_proj_k_proj_v_proj"
-    assert q.basis(key) is k.basis(key) is v.basis(key)
-    weights = [layer.original_weight() for layer in (q, k, v)]
-    assert torch.equal(held(q, key), shared_directions(lambda: weights, 12, RANDOMIZED)[1].bfloat16())
-
-
 @pytest.mark.parametrize(
     "options",
-    [SHARED, {**BANDED, "sides": "both"}, {**SHARED, "factor_bits": 4}, {}],
-    ids=["shared", "two-sided", "shared in NF4", "default"],
+    [ONE_SIDED, {**BANDED, "sides": "both"}, {**ONE_SIDED, "factor_bits": 4}, {}],
+    ids=["one-sided", "two-sided", "one-sided in NF4", "default"],
 )
 @pytest.mark.parametrize("decomposition", ["exact", "randomized", "float32"])
 def test_an_adapter_comes_back_on_the_bases_it_was_trained_on(narrow, llama, tmp_path, decomposition, options):

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qsvft import QSVFTConfig
 from qsvft.maths.patterns import PATTERNS
+from qsvft.maths.updates import TAIL_DAMPING
 from qsvft.tuner import QSVFTLinear
 
 SHAPES = {"tall": (96, 64), "wide": (64, 96), "square": (64, 64), "odd": (37, 50)}
@@ -70,11 +71,11 @@ def dense_delta(layer, W, name="default"):
     M = dense_M(layer, name)
     if layer.settings[name].unit == "weight":
         M = M * (W.norm() / layer.qsvft_M[name].numel() ** 0.5)
-    k, tau = M.shape[0], layer.settings[name].tail_damping
+    k = M.shape[0]
     U, V = (held_rows(layer, side, k) for side in "UV")
     if layer.settings[name].sides == "both":
         return U.T @ M @ V
-    floor = tau * (W.square().sum() / min(W.shape)).sqrt()
+    floor = TAIL_DAMPING * (W.square().sum() / min(W.shape)).sqrt()
     if W.shape[1] <= W.shape[0]:
         inverse = 1 / torch.maximum((W @ V.T).norm(dim=0), floor)
         return W @ V.T @ (inverse[:, None] * M) @ V
@@ -182,12 +183,25 @@ def test_two_active_adapters_add_up_whatever_their_rank_pattern_and_form(shape):
     base = linear(SHAPES[shape])
     layer = adapted(base, "a", rank=24, pattern="banded", sides="one")
     layer.update_layer("b", QSVFTConfig(rank=40, pattern="random", off_diagonals=2, sides="both"))
-    layer.update_layer("c", QSVFTConfig(pattern="plain", sides="one", tail_damping=0.0))
+    layer.update_layer("c", QSVFTConfig(pattern="plain", sides="one"))
     layer.update_layer("d", QSVFTConfig())
     for seed, name in enumerate("abcd"):
         fill(layer, name, seed=seed)
     layer.set_adapter(["a", "b", "c", "d"])
     assert_matches_reference(layer, base, 1e-5, base.bias, names=("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_adapter_on_a_residual_base_and_a_one_sided_one_add_up(shape, bias):
+    layer = adapted(linear(SHAPES[shape], bias), "a", rank=16, sides="both", residual=True, factor_bits=8)
+    layer.update_layer("b", QSVFTConfig(**ONE_SIDED, rank=20))
+    fill(layer, "b")
+    layer.set_adapter(["a", "b"])
+    x = torch.randn(5, layer.in_features)
+    W = layer.original_weight() + layer.get_delta_weight("a") + layer.get_delta_weight("b")
+    expected = nn.functional.linear(x, W, layer.original_base().bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_adding_an_adapter_leaves_the_first_ones_map_bit_for_bit():
@@ -453,11 +467,11 @@ def test_a_weight_of_zeros_gives_finite_outputs_and_gradients(form):
 
 
 @EACH_FORM
-def test_zero_singular_values_give_finite_outputs_even_without_damping(form):
+def test_zero_singular_values_give_finite_outputs(form):
     base = linear(SHAPES["tall"], bias=False)
     with torch.no_grad():
         base.weight[:, 10:] = 0
-    layer = adapted(base, tail_damping=0.0, **form)
+    layer = adapted(base, **form)
     x = torch.randn(3, 64, requires_grad=True)
     y = layer(x)
     assert torch.isfinite(y).all()

@@ -16,8 +16,8 @@ import qsvft
 from qsvft import QSVFTConfig
 from qsvft.tuner.registration import QSVFT, register
 
-FORMS = [{"share_inputs": True, "pattern": "banded", "off_diagonals": 4}, {}]
-EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=["shared", "default"])
+FORMS = [{"sides": "one", "pattern": "banded", "off_diagonals": 4}, {}]
+EACH_FORM = pytest.mark.parametrize("form", FORMS, ids=["one-sided", "default"])
 
 
 def test_the_method_is_a_real_member_of_peft_type():

@@ -27,24 +27,22 @@ from qsvft.tuner.sources import sources_of, weights_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BANDED = {"pattern": "banded", "off_diagonals": 2}
-SHARED = {**BANDED, "share_inputs": True}
+ONE_SIDED = {**BANDED, "sides": "one"}
 OPTIONS = {
     "default": {},
-    "shared": SHARED,
-    "shared in int8": {**SHARED, "factor_bits": 8},
-    "shared in NF4": {**SHARED, "factor_bits": 4, "rank": 24},
-    "one-sided": {**BANDED, "sides": "one", "tail_damping": 0.5},
-    "some shared": {**BANDED, "share_inputs": [["q_proj", "v_proj"]], "rank": 20},
+    "one-sided": ONE_SIDED,
+    "one-sided in int8": {**ONE_SIDED, "factor_bits": 8},
+    "one-sided in NF4": {**ONE_SIDED, "factor_bits": 4, "rank": 24},
     "two-sided": {**BANDED, "sides": "both"},
     "two-sided in int8": {"factor_bits": 8},
-    "several ranks": {**SHARED, "rank": 20, "rank_pattern": {"k_proj": 30, "down_proj": 5}},
-    "top_k": {**SHARED, "pattern": "top_k", "rank": 16},
-    "randomized": {**SHARED, "decomposition": "randomized", "rank": 8},
+    "several ranks": {**ONE_SIDED, "rank": 20, "rank_pattern": {"k_proj": 30, "down_proj": 5}},
+    "top_k": {**ONE_SIDED, "pattern": "top_k", "rank": 16},
+    "randomized": {**ONE_SIDED, "decomposition": "randomized", "rank": 8},
     "residual": {**BANDED, "residual": True, "factor_bits": 8},
     "residual of a low rank": {"residual": True, "rank": 6},
 }
 FORMS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
+EACH_FORM = pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 
 
 def base(llama, options=None, bits=4):
@@ -71,7 +69,7 @@ def made_elsewhere(llama, folder, **options):
 @pytest.fixture(scope="module")
 def saved(llama, tmp_path_factory):
     """A self-contained one-sided adapter with its logits and its M; its signs do not come out like this here."""
-    return made_elsewhere(llama, tmp_path_factory.mktemp("adapter"), **SHARED)
+    return made_elsewhere(llama, tmp_path_factory.mktemp("adapter"), **ONE_SIDED)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +137,7 @@ def test_another_model_is_refused_by_a_layers_name(llama, other_llama, tmp_path,
 @pytest.mark.anywhere
 @pytest.mark.parametrize(
     "options",
-    [{**BANDED, "sides": "one"}, {**BANDED, "sides": "one", "factor_bits": 4}, {}],
+    [ONE_SIDED, {**ONE_SIDED, "factor_bits": 4}, {}],
     ids=["one-sided", "one-sided in NF4", "default"],
 )
 def test_Conv1D_layers_are_reloaded(tmp_path, options, monkeypatch):
@@ -163,7 +161,7 @@ def test_other_bits_of_the_base_are_reloaded(llama, tmp_path, bits, form, monkey
     assert torch.equal(logits(PeftModel.from_pretrained(base(llama, bits=bits), tmp_path)), logits(model))
 
 
-@pytest.mark.parametrize("form", [{**BANDED, "sides": "one"}, {}], ids=["one-sided", "default"])
+@EACH_FORM
 def test_a_model_of_bare_layers_is_reloaded(tmp_path, form, monkeypatch):
     def fresh():
         torch.manual_seed(0)
@@ -180,29 +178,20 @@ def test_a_model_of_bare_layers_is_reloaded(tmp_path, form, monkeypatch):
         assert torch.equal(layers(again)[name](x), layers(model)[name](x))
 
 
-def test_factors_are_written_once_for_layers_that_share_them(llama, tmp_path):
-    options = {**SHARED, "rank": 20, "rank_pattern": {"k_proj": 30}}
+def test_factors_are_written_as_far_as_each_layer_reads_them(llama, tmp_path):
+    options = {**ONE_SIDED, "rank": 20, "rank_pattern": {"k_proj": 30}}
     prepare(llama, **options).save_pretrained(tmp_path, include_factors=True)
     found = {str(parse_name(name)): tensor for name, tensor in factors_in(tmp_path).items()}
     bases = {name: tuple(t.shape) for name, t in found.items() if name.endswith(".values")}
     for layer in (0, 1):
-        assert bases[f"qsvft.model/layers/{layer}/self_attn.V_bf16_of_q_proj_k_proj_v_proj.values"] == (30, 64)
+        assert bases[f"qsvft.model/layers/{layer}/self_attn/k_proj.U_bf16.values"] == (30, 32)
         assert bases[f"qsvft.model/layers/{layer}/mlp/down_proj.U_bf16.values"] == (20, 64)
-    assert len(bases) == 8
+    assert len(bases) == 14
     ranks = {name: len(t) for name, t in found.items() if name.endswith(".scale")}
     assert {name: rank for name, rank in ranks.items() if rank != 20} == {
-        f"qsvft.model/layers/{layer}/self_attn/k_proj.V_bf16_of_q_proj_k_proj_v_proj.scale": 30 for layer in (0, 1)
+        f"qsvft.model/layers/{layer}/self_attn/k_proj.U_bf16.scale": 30 for layer in (0, 1)
     }
     assert len(ranks) == 14 and sum(name.endswith(".sketch") for name in found) == 14
-
-
-def test_nothing_of_a_hadamard_basis_is_written_and_it_goes_to_another_base(llama, other_llama, tmp_path):
-    model = prepare(llama, **SHARED, basis="hadamard")
-    model.save_pretrained(tmp_path, include_factors=True)
-    assert not factors_in(tmp_path)
-    again = PeftModel.from_pretrained(base(llama), tmp_path)
-    assert torch.equal(logits(again), logits(model)) and again.peft_config["default"].include_factors
-    PeftModel.from_pretrained(base(other_llama), tmp_path)
 
 
 @EACH_FORM
@@ -410,7 +399,7 @@ def test_an_adapter_of_other_signs_is_loaded_with_its_own_factors(llama, each_sa
 
 def test_adapters_of_different_factors_stand_side_by_side(llama, saved, tmp_path):
     """Each with its own directions, whichever is loaded first; those that agree hold them once."""
-    here = prepare(llama, **SHARED)
+    here = prepare(llama, **ONE_SIDED)
     here.save_pretrained(tmp_path)
     for first, second in ((tmp_path, saved[0]), (saved[0], tmp_path)):
         model = PeftModel.from_pretrained(base(llama), first, adapter_name="first")
@@ -422,7 +411,7 @@ def test_adapters_of_different_factors_stand_side_by_side(llama, saved, tmp_path
         assert all(len(layer.held_bases()) == 2 for layer in layers(model).values())
 
 
-@pytest.mark.parametrize(("form", "bases"), [(SHARED, 1), ({}, 2)], ids=["shared", "default"])
+@pytest.mark.parametrize(("form", "bases"), [(ONE_SIDED, 1), ({}, 2)], ids=["one-sided", "default"])
 def test_an_adapter_whose_factors_are_those_held_shares_them(llama, tmp_path, form, bases):
     model = prepare(llama, **form)
     model.save_pretrained(tmp_path, include_factors=True)
@@ -433,7 +422,7 @@ def test_an_adapter_whose_factors_are_those_held_shares_them(llama, tmp_path, fo
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize(("first", "form"), [("saved", SHARED), ("saved_default", {})], ids=["shared", "default"])
+@pytest.mark.parametrize(("first", "form"), [("saved", ONE_SIDED), ("saved_default", {})], ids=["one-sided", "default"])
 def test_a_new_adapter_does_not_take_over_what_another_brought_along(llama, first, form, request):
     model = PeftModel.from_pretrained(base(llama), request.getfixturevalue(first)[0])
     model.add_adapter("new", QSVFTConfig(**form, task_type="CAUSAL_LM"))
@@ -495,7 +484,7 @@ def test_a_refused_adapter_leaves_the_model_with_its_first_adapter_working(llama
     assert torch.equal(logits(model), saved[1])
 
 
-VALUES = "base_model.model.qsvft.model/layers/1/self_attn.V_bf16_of_q_proj_k_proj_v_proj.values"
+VALUES = "base_model.model.qsvft.model/layers/1/self_attn/q_proj.V_bf16.values"
 OUTPUT = "base_model.model.qsvft.model/layers/1/mlp/down_proj.U_bf16"
 DAMAGE = {
     "another dtype": (VALUES, lambda t: t.float(), "is torch.float32 of shape"),
@@ -537,7 +526,7 @@ def test_a_changed_factor_is_refused(llama, adapter, name):
 
 def test_factors_of_another_adapter_are_refused(llama, adapter, tmp_path):
     """They are whole and of the same weights, but not those that M was trained on."""
-    prepare(llama, **SHARED).save_pretrained(tmp_path / "here", include_factors=True)
+    prepare(llama, **ONE_SIDED).save_pretrained(tmp_path / "here", include_factors=True)
     others = factors_in(tmp_path / "here")
     edit(adapter, lambda found: found.update(others))
     with pytest.raises(ValueError, match="do not match their digest"):
@@ -562,9 +551,7 @@ def test_factors_that_the_config_does_not_announce_are_not_used(llama, tmp_path,
     assert all(source is None for layer in layers(again).values() for source in layer.came_from.values())
 
 
-@pytest.mark.parametrize(
-    "changes", [{"rank": 16}, {"factor_bits": 8}, {"sides": "both", "share_inputs": False}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"rank": 16}, {"factor_bits": 8}, {"sides": "both"}], ids=str)
 def test_a_config_that_is_not_the_adapters_is_refused(llama, adapter, changes):
     edit_config(adapter, **changes)
     with pytest.raises(ValueError, match=r"layers[./]0"):
@@ -573,7 +560,7 @@ def test_a_config_that_is_not_the_adapters_is_refused(llama, adapter, changes):
 
 def test_random_byte_flips_are_refused_or_harmless(llama, tmp_path):
     """Every flip ends in ValueError or in bitwise the same adapter: never in another adapter."""
-    model = prepare(llama, **SHARED, target_modules=["k_proj", "v_proj"], rank=8, factor_bits=8)
+    model = prepare(llama, **ONE_SIDED, target_modules=["k_proj", "v_proj"], rank=8, factor_bits=8)
     model.save_pretrained(tmp_path, include_factors=True)
     expected, whole = logits(model), (tmp_path / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")

@@ -28,22 +28,19 @@ from qsvft.storage.factors import StoredBasis
 WEIGHTS = "adapter_model.safetensors"
 BANDED = {"pattern": "banded", "off_diagonals": 2}
 ONE_SIDED = {**BANDED, "sides": "one"}
-SHARED = {**BANDED, "share_inputs": True}
 OPTIONS = {
     "default": {},
-    "shared": SHARED,
-    "shared in int8": {**SHARED, "factor_bits": 8},
-    "shared in NF4": {**SHARED, "factor_bits": 4, "rank": 24},
-    "one-sided": {**ONE_SIDED, "tail_damping": 0.5},
-    "some shared": {**BANDED, "share_inputs": [["q_proj", "v_proj"]], "rank": 20},
+    "one-sided": ONE_SIDED,
+    "one-sided in int8": {**ONE_SIDED, "factor_bits": 8},
+    "one-sided in NF4": {**ONE_SIDED, "factor_bits": 4, "rank": 24},
     "two-sided": {**BANDED, "sides": "both"},
     "two-sided in int8": {"factor_bits": 8, "rank": 10},
-    "several ranks": {**SHARED, "rank": 20, "rank_pattern": {"k_proj": 30, "down_proj": 5}},
-    "top_k": {**SHARED, "pattern": "top_k", "rank": 16},
-    "randomized": {**SHARED, "decomposition": "randomized", "rank": 8},
+    "several ranks": {**ONE_SIDED, "rank": 20, "rank_pattern": {"k_proj": 30, "down_proj": 5}},
+    "top_k": {**ONE_SIDED, "pattern": "top_k", "rank": 16},
+    "randomized": {**ONE_SIDED, "decomposition": "randomized", "rank": 8},
 }
 FORMS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-EACH_FORM = pytest.mark.parametrize("form", [SHARED, {}], ids=["shared", "default"])
+EACH_FORM = pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 
 
 def base(llama, bits=4):
@@ -113,7 +110,7 @@ def test_a_trained_adapter_is_loaded_on_stored_factors(llama, tmp_path, stored, 
 
 
 @pytest.mark.parametrize(
-    "options", [SHARED, {**SHARED, "factor_bits": 4}, {}], ids=["shared", "shared in NF4", "default"]
+    "options", [ONE_SIDED, {**ONE_SIDED, "factor_bits": 4}, {}], ids=["one-sided", "one-sided in NF4", "default"]
 )
 def test_a_smaller_rank_reads_the_first_directions(llama, stored, options, monkeypatch):
     expected = logits(randomize(prepare(load(llama), rank=12, decomposition="exact", **options)))
@@ -134,7 +131,7 @@ def test_a_larger_rank_than_is_stored_is_computed(llama, stored, form):
 
 
 @pytest.mark.parametrize(
-    ("form", "keys"), [(SHARED, ["V_bf16"]), ({}, ["V_bf16", "U_bf16"])], ids=["shared", "default"]
+    ("form", "keys"), [(ONE_SIDED, ["V_bf16"]), ({}, ["V_bf16", "U_bf16"])], ids=["one-sided", "default"]
 )
 def test_stored_factors_are_used_where_they_lie_in_the_file(llama, stored, form, keys):
     model = base(llama)
@@ -155,7 +152,7 @@ def test_the_directory_itself_counts_nothing_among_what_is_held(llama, stored, f
 
 
 def test_without_stored_lengths_they_are_measured(llama, tmp_path, stored):
-    folder = stored(**SHARED)
+    folder = stored(**ONE_SIDED)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     kept = {name: t for name, t in tensors.items() if not name.endswith((".s", ".rms"))}
@@ -163,7 +160,9 @@ def test_without_stored_lengths_they_are_measured(llama, tmp_path, stored):
     save_file(kept, path)
     model = base(llama)
     model.qsvft_factors = factors_in(folder)
-    assert torch.equal(logits(randomize(prepare(model, **SHARED))), logits(randomize(prepare(load(llama), **SHARED))))
+    assert torch.equal(
+        logits(randomize(prepare(model, **ONE_SIDED))), logits(randomize(prepare(load(llama), **ONE_SIDED)))
+    )
 
 
 @EACH_FORM
@@ -212,17 +211,17 @@ def test_damaged_factors_are_refused_by_the_tensors_name(llama, stored, form):
         prepare(model, **form)
 
 
-@pytest.mark.parametrize(("form", "owner"), [(SHARED, ""), ({}, r"\.q_proj")], ids=["shared", "default"])
-def test_factors_in_other_bits_than_their_key_says_are_refused(llama, tmp_path, form, owner):
+@EACH_FORM
+def test_factors_in_other_bits_than_their_key_says_are_refused(llama, tmp_path, form):
     factors = named_factors(prepare(load(llama), **form, factor_bits=8))
     renamed = {name.replace("int8", "bf16"): tensor for name, tensor in factors.items()}
     model = base(llama)
     model.qsvft_factors = factors_in(write(tmp_path, model, renamed))
-    with pytest.raises(ValueError, match=rf"^model\.layers\.0\.self_attn{owner}: .* is held in 8 bits, expected 16"):
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_proj: .* is held in 8 bits, expected 16"):
         prepare(model, **form)
 
 
-@pytest.mark.parametrize(("form", "bases"), [(SHARED, 1), ({}, 2)], ids=["shared", "default"])
+@pytest.mark.parametrize(("form", "bases"), [(ONE_SIDED, 1), ({}, 2)], ids=["one-sided", "default"])
 def test_adapters_of_several_ranks_share_the_stored_directions(llama, stored, form, bases, monkeypatch):
     model = base(llama)
     qsvft.use_factors(model, stored(**form, decomposition="exact"))
@@ -235,16 +234,6 @@ def test_adapters_of_several_ranks_share_the_stored_directions(llama, stored, fo
         assert [basis.rank for basis in layer.held_bases().values()] == [30] * bases
     model.set_adapter("larger")
     assert not torch.equal(logits(randomize(model, "larger")), before)
-
-
-def test_layers_that_share_stored_directions_hold_them_once(llama, stored, monkeypatch):
-    model = base(llama)
-    qsvft.use_factors(model, stored(**SHARED))
-    forbid_decomposing(monkeypatch)
-    found = layers(prepare(model, **SHARED))
-    bases = [found[f"model.layers.0.self_attn.{n}_proj"].held_bases() for n in "qkv"]
-    assert len({id(basis) for held in bases for basis in held.values()}) == 1
-    assert next(iter(bases[0].values())).last_input is not None
 
 
 @EACH_FORM
@@ -275,11 +264,11 @@ def test_what_was_computed_here_stays_beside_what_is_given_later(llama, stored, 
     assert torch.equal(logits(randomize(model, "later", seed=5)), expected)
 
 
-@pytest.mark.parametrize("options", [SHARED, {}, ONE_SIDED], ids=["shared", "default", "one-sided"])
-def test_an_adapter_trained_on_other_signs_fits_with_its_factors_alone(llama, tmp_path, stored, options):
+@EACH_FORM
+def test_an_adapter_trained_on_other_signs_fits_with_its_factors_alone(llama, tmp_path, stored, form):
     with pytest.MonkeyPatch.context() as patch:
         turn_signs(patch)
-        trained, folder = randomize(prepare(load(llama), **options)), stored(**options)
+        trained, folder = randomize(prepare(load(llama), **form)), stored(**form)
     expected = logits(trained)
     trained.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="singular vectors came out differently here") as refusal:

@@ -1,15 +1,15 @@
 """What preparing a checkpoint consists of: units of work, each finished and written by itself.
 
-A unit is one linear layer, or the layers that share one V (q, k and v; gate and up), or what is copied as it
-is: one large weight (embeddings, head), or all the small ones (norms, biases) together. The plan follows from
-the model's shapes and the options alone, so that whoever resumes comes to the same one.
+A unit is one linear layer, or what is copied as it is: one large weight (embeddings, head), or all the small ones
+(norms, biases) together. The plan follows from the model's shapes and the options alone, so that whoever resumes
+comes to the same one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,8 +25,7 @@ from ...storage.shapes_only import shapes_only
 from ...storage.stored_matrix import StoredMatrix
 from ...tuner.config import QSVFTConfig
 from ...tuner.form import Form, form_of
-from ...tuner.groups import InputGroup
-from ...tuner.targets import check_targets, groups_of, rank_of, shape_of
+from ...tuner.targets import check_targets, rank_of, shape_of
 from ..source.names import Piece
 
 SMALL_BYTES = 4 * 2**20
@@ -73,26 +72,17 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class StoredForm:
-    """A form whose bases are stored: what an adapter of this config reads at these layers.
+    """A form whose bases are stored: what an adapter of this config reads at a layer.
 
     Attributes:
+        layer: its name.
         form: the map and the keys of its bases.
         rank: k.
-        layers: the layers that read them.
-        members: all layers whose weights are decomposed together: one, or those of a group.
-        residual: whether the directions are taken out of the weight.
     """
 
+    layer: str
     form: Form
     rank: int
-    layers: tuple[str, ...]
-    members: tuple[str, ...]
-    residual: bool = False
-
-    @property
-    def owner(self) -> str:
-        """Under which module's name the bases are stored."""
-        return self.form.owner(self.layers[0])
 
 
 @dataclass(frozen=True)
@@ -103,8 +93,8 @@ class Unit:
         name: of the unit, for people.
         pieces: what is read from the checkpoint.
         tensors: the model's tensors that it is responsible for.
-        layers: the linear layers among them.
-        stored: what is decomposed.
+        layer: the linear layer that it is, if it is one.
+        stored: what is decomposed, if anything.
         cost: about how many floating point operations it takes.
         nbytes: about how many bytes are written.
         working_set: about how many bytes of memory it takes at its peak, beside what is mapped from the source.
@@ -113,8 +103,8 @@ class Unit:
     name: str
     pieces: tuple[Piece, ...]
     tensors: tuple[str, ...]
-    layers: tuple[LinearLayer, ...] = ()
-    stored: tuple[StoredForm, ...] = ()
+    layer: LinearLayer | None = None
+    stored: StoredForm | None = None
     cost: float = 0.0
     nbytes: int = 0
     working_set: int = 0
@@ -135,18 +125,10 @@ def plan_units(model: PreTrainedModel, pieces: Sequence[Piece], options: Options
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     with shapes_only():
         targets = check_targets(model, options.config, options.left_whole)
-    layers = _linear_layers(model, targets, options)
-    groups = groups_of(model, options.config, targets) if options.config.basis == "singular" else {}
-    forms = stored_forms(model, options.config, targets, groups)
+    forms = {stored.layer: stored for stored in stored_forms(model, options.config, targets)}
     units = [
-        _unit(
-            [layers[member] for member in members],
-            [form for form in forms if form.members == members],
-            options,
-            of_target,
-            sizes,
-        )
-        for members in dict.fromkeys(groups[name].members if name in groups else (name,) for name in layers)
+        _unit(layer, forms.get(layer.name), options, of_target, sizes)
+        for layer in _linear_layers(model, targets, options)
     ]
     taken = {tensor for unit in units for tensor in unit.tensors}
     return [*units, *_copies(pieces, taken, sizes)]
@@ -158,71 +140,59 @@ def plan_digest(units: Sequence[Unit], options: Options) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _linear_layers(model: PreTrainedModel, targets: Sequence[str], options: Options) -> dict[str, LinearLayer]:
-    """The linear layers that are more than copied, by name, in the model's order."""
+def _linear_layers(model: PreTrainedModel, targets: Sequence[str], options: Options) -> Iterator[LinearLayer]:
+    """The linear layers that are more than copied, in the model's order."""
     skip = [*(options.config.modules_to_save or ()), *options.left_whole]
     quantised = set() if options.bits == 16 else set(partition_linears(model, skip)[0])
-    found = {}
     for name, module in model.named_modules():
         if name in targets or name in quantised:
             residual = options.config.residual and name in targets
             held = "residual" if residual else "quantised" if name in quantised else "dense"
-            found[name] = LinearLayer(name, shape_of(module, name), held)
-    return found
+            yield LinearLayer(name, shape_of(module, name), held)
 
 
-def stored_forms(
-    model: PreTrainedModel, config: QSVFTConfig, targets: Sequence[str], groups: Mapping[str, InputGroup]
-) -> list[StoredForm]:
+def stored_forms(model: PreTrainedModel, config: QSVFTConfig, targets: Sequence[str]) -> list[StoredForm]:
     """What is decomposed for a config.
 
     Args:
         model: on meta or not, without adapters.
         config: of the adapters.
         targets: the layers it means.
-        groups: those that share an input, by each member's name.
     """
     if config.basis != "singular":
         return []
-    # Members of a group may differ in rank: a basis has directions enough for all that read it.
-    found: dict[tuple[Form, tuple[str, ...]], tuple[int, tuple[str, ...]]] = {}
+    found = []
     for name in targets:
-        shape, group = shape_of(model.get_submodule(name), name), groups.get(name)
-        members = (name,) if group is None else group.members
-        rank = rank_of(config, name, shape, group)
-        form = form_of(config, shape, rank, *((group.name, group.limit) if group is not None else ()))
-        key = form, members
-        most, readers = found.get(key, (0, ()))
-        found[key] = (max(most, rank), (*readers, name))
-    residual = config.residual
-    return [StoredForm(form, rank, readers, members, residual) for (form, members), (rank, readers) in found.items()]
+        shape = shape_of(model.get_submodule(name), name)
+        rank = rank_of(config, name, shape)
+        found.append(StoredForm(name, form_of(config, shape, rank), rank))
+    return found
 
 
 def _unit(
-    layers: Sequence[LinearLayer],
-    forms: Sequence[StoredForm],
+    layer: LinearLayer,
+    stored: StoredForm | None,
     options: Options,
     of_target: dict[str, Piece],
     sizes: dict[str, int],
 ) -> Unit:
-    tensors = [f"{layer.name}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
-    tensors = [name for name in tensors if name in of_target]
-    parent = layers[0].name.rpartition(".")[0]
-    leaves = "_".join(layer.name.rpartition(".")[2] for layer in layers)
-    shapes = {layer.name: layer.shape for layer in layers}
-    written = sum(_weight_bytes(layer, options.bits, sizes[f"{layer.name}.weight"]) for layer in layers)
-    written += sum(sizes[name] for name in tensors if name.endswith(".bias"))
-    factors = sum(_factor_bytes(form, shapes, options.config) for form in forms)
-    dense = sum(sizes[f"{layer.name}.weight"] for layer in layers)
+    weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
+    tensors = tuple(name for name in (weight, bias) if name in of_target)
+    written = _weight_bytes(layer, options.bits, sizes[weight]) + (sizes[bias] if bias in tensors else 0)
+    cost, needed = _read_cost(layer.shape[0] * layer.shape[1]), sizes[weight]
+    if stored is not None:
+        written += _factor_bytes(stored, layer.shape, options.config.factor_bits)
+        cost += _cost(stored, layer.shape)
+        needed += _needed(stored, layer)
     return Unit(
-        name=f"{parent}.{leaves}".lstrip("."),
+        name=layer.name,
         pieces=tuple(dict.fromkeys(of_target[name] for name in tensors)),
-        tensors=tuple(tensors),
-        layers=tuple(layers),
-        stored=tuple(forms),
-        cost=sum(_read_cost(m * n) for m, n in shapes.values()) + sum(_cost(form, shapes) for form in forms),
-        nbytes=written + factors,
-        working_set=written + factors + max((_needed(form, shapes, dense) for form in forms), default=dense),
+        tensors=tensors,
+        layer=layer,
+        stored=stored,
+        cost=cost,
+        nbytes=written,
+        working_set=written + needed,
     )
 
 
@@ -237,32 +207,27 @@ def _weight_bytes(layer: LinearLayer, bits: int, dense: int) -> int:
     return (m * n + 1) // 2 + blocks + 4 * -(-blocks // NESTED_BLOCK) + _TABLES
 
 
-def _factor_bytes(stored: StoredForm, shapes: dict[str, tuple[int, int]], config: QSVFTConfig) -> int:
-    m, n = shapes[stored.layers[0]]
+def _factor_bytes(stored: StoredForm, shape: tuple[int, int], bits: int) -> int:
     sides: Sides = "both" if stored.form.kind == "both" else "one"
-    needs = (False, True) if stored.form.group is not None else needed_sides(sides, (m, n))
-    sizes = [size for size, needed in zip((m, n), needs, strict=True) if needed]
-    bases = sum(StoredMatrix.hold(_nothing(stored.rank, size), config.factor_bits).nbytes for size in sizes)
-    return bases + 4 * (stored.rank + 1) * len(stored.layers)
+    sizes = [size for size, needed in zip(shape, needed_sides(sides, shape), strict=True) if needed]
+    return sum(StoredMatrix.hold(_nothing(stored.rank, size), bits).nbytes for size in sizes) + 4 * (stored.rank + 1)
 
 
-def _needed(stored: StoredForm, shapes: dict[str, tuple[int, int]], dense: int) -> int:
-    """Bytes at the peak of a decomposition, in fp64, beside the weights as held made dense.
+def _needed(stored: StoredForm, layer: LinearLayer) -> int:
+    """Bytes at the peak of a decomposition, in fp64, beside the weight as held made dense.
 
     Exact: the Gram matrix, its copy that becomes the eigenvectors, LAPACK's work space of twice that, and the vectors
     turned to rows; with both sides the images of all directions, normalised, and in order. Randomized: the Krylov
     space, its orthonormal basis and images. A residual is taken in fp64 as a whole, with its factors.
     """
-    m, n = shapes[stored.layers[0]]
-    small, large = min(m, n) if stored.form.group is None else n, max(m, n)
-    item = stored.form.method.dtype.itemsize
+    small, large = sorted(layer.shape)
     if stored.form.method.randomized:
-        matrices = 12 * stored.rank * small + 4 * stored.rank * large
+        numbers = 12 * stored.rank * small + 4 * stored.rank * large
     else:
-        matrices = 6 * small * small + (3 * stored.rank * large if stored.form.kind == "both" else 0)
-    if stored.residual:
-        matrices += 4 * m * n
-    return dense + item * matrices
+        numbers = 6 * small * small + (3 * stored.rank * large if stored.form.kind == "both" else 0)
+    if layer.held == "residual":
+        numbers += 4 * small * large
+    return stored.form.method.dtype.itemsize * numbers
 
 
 def _nothing(rows: int, columns: int) -> Tensor:
@@ -274,11 +239,9 @@ def _read_cost(elements: int) -> float:
     return 2500.0 * elements
 
 
-def _cost(stored: StoredForm, shapes: dict[str, tuple[int, int]]) -> float:
+def _cost(stored: StoredForm, shape: tuple[int, int]) -> float:
     """Operations of a decomposition: Gram matrix and eigenvectors, or the passes of subspace iteration; lengths."""
-    chosen = [shapes[name] for name in stored.members]
-    elements = sum(m * n for m, n in chosen)
-    small = min(sum(m for m, _ in chosen), chosen[0][1])
+    elements, small = shape[0] * shape[1], min(shape)
     lengths = 2.0 * elements * stored.rank
     if stored.form.method.randomized:
         return 14.0 * stored.rank * elements + lengths

@@ -46,9 +46,9 @@ def prepare_checkpoint(
 ) -> Path:
     """Quantise and decompose a safetensors checkpoint into a directory that loads without either.
 
-    One matrix is in memory at a time (or those that share one V: q, k and v; gate and up), whatever the model's
-    size. Every finished one is written whole, the index last. Interrupted at any point, by Ctrl-C, a kill or a
-    full disk, the same call goes on where it stopped, after it made sure that the source is still the same.
+    One matrix is in memory at a time, whatever the model's size. Every finished one is written whole, the index last.
+    Interrupted at any point, by Ctrl-C, a kill or a full disk, the same call goes on where it stopped, after it made
+    sure that the source is still the same.
 
     Args:
         source: a directory with config.json and safetensors files, a single such file, or a hub id.
@@ -131,7 +131,8 @@ def _config_json(job: Job) -> dict[str, Any]:
     """config.json of the prepared model."""
     config, options = job.model.config, job.options
     record = options.record()
-    quantised = {layer.name for unit in job.units for layer in unit.layers if layer.held != "dense"}
+    layers = [unit.layer for unit in job.units if unit.layer is not None]
+    quantised = {layer.name for layer in layers if layer.held != "dense"}
     skipped = [] if options.bits == 16 else [name for name in linear_names(job.model) if name not in quantised]
     config.quantization_config = PreparedConfig(options.bits, options.dtype, skipped, record["adapter"])
     config.architectures = [type(job.model).__name__]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...storage.digests import tensor_bytes
 from ...storage.factor_files import factor_tensors, length_tensors, residual_tensors
-from ...storage.factors import make_bases, make_shared_basis, measured_scale
+from ...storage.factors import make_bases, measured_scale
 from ...storage.quantization import quantized_linear
 from ...storage.residual import residual_linear
 from ...storage.weights import check_weight, dense_weight
@@ -43,18 +43,16 @@ def finish_unit(
     """
     written = _read(unit, checkpoint, model)
     read, source = dict(written), tensors_digest(written)
-    held: dict[str, nn.Module] = {}
-    for described in unit.layers:
-        name = described.name
+    if unit.layer is not None:
+        name = unit.layer.name
         layer = _layer(model, name, read)
+        del read
         check_weight(name, layer)
-        if described.held == "quantised":
+        if unit.layer.held == "quantised":
             layer = quantized_linear(layer, options.bits)
             written |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.state_dict().items()}
-        held[name] = layer
-    del read
-    for stored in unit.stored:
-        written |= _factors(stored, held, options, device)
+        if unit.stored is not None:
+            written |= _factors(unit.stored, layer, options, device)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in written.items()}, source
 
 
@@ -93,38 +91,27 @@ def _layer(model: PreTrainedModel, name: str, read: Mapping[str, Tensor]) -> nn.
     return cast(nn.Module, new)
 
 
-def _factors(
-    stored: StoredForm, held: Mapping[str, nn.Module], options: Options, device: torch.device
-) -> dict[str, Tensor]:
-    """The bases of a form and the lengths that its layers give to their directions."""
-    rank, bits, form = stored.rank, options.config.factor_bits, stored.form
+def _factors(stored: StoredForm, layer: nn.Module, options: Options, device: torch.device) -> dict[str, Tensor]:
+    """The bases of a form and the lengths that its layer gives to their directions."""
+    name, rank, form = stored.layer, stored.rank, stored.form
     if options.config.residual:
-        return _residual(stored, held[stored.members[0]].to(device), options)
-    weights = {name: _dense(held[name]).to(device) for name in stored.members}
-    if form.group is not None:
-        bases = {form.inward: make_shared_basis(weights.values, rank, bits, form.method)}
-    else:
-        (weight,) = weights.values()
-        made = make_bases(weight, rank, "both" if form.kind == "both" else "one", bits, form.method)
-        bases = {key: made[key.side] for key in form.keys}
-    tensors: dict[str, Tensor] = {}
-    for key, basis in bases.items():
-        tensors |= factor_tensors(stored.owner, key, basis)
-        if form.kind != "both":
-            for name in stored.layers:
-                tensors |= length_tensors(name, key, *measured_scale(weights[name], basis, key.side, rank))
-    return tensors
-
-
-def _dense(layer: nn.Module) -> Tensor:
+        return _residual(stored, layer.to(device), options)
     weight = dense_weight(layer)
     assert weight is not None
-    return weight
+    weight = weight.to(device)
+    made = make_bases(weight, rank, "both" if form.kind == "both" else "one", options.config.factor_bits, form.method)
+    tensors: dict[str, Tensor] = {}
+    for key in form.keys:
+        basis = made[key.side]
+        tensors |= factor_tensors(name, key, basis)
+        if form.kind != "both":
+            tensors |= length_tensors(name, key, *measured_scale(weight, basis, key.side, rank))
+    return tensors
 
 
 def _residual(stored: StoredForm, layer: nn.Module, options: Options) -> dict[str, Tensor]:
     """R in NF4 in the weight's place, and the directions that are added to it."""
-    name, form = stored.members[0], stored.form
+    name, form = stored.layer, stored.form
     made = residual_linear(layer, stored.rank, options.config.factor_bits, form.method)
     tensors = {f"{name}.{leaf}": tensor for leaf, tensor in made.residual.state_dict().items()}
     for key in form.keys:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...lean.vocabulary import QuantizedModule
 from ...storage.factor_files import factor_tensors, length_tensors, residual_tensors
-from ...storage.factors import StoredBasis, measured_scale
+from ...storage.factors import measured_scale
 from ...storage.residual import ResidualLinear
 from ...tuner.adapted import AdaptedLinear
 from ...tuner.form import residual_key
@@ -43,12 +43,11 @@ def held_factors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in model.named_modules():
         if not isinstance(layer, AdaptedLinear):
             continue
-        owners = {key: form.owner(name) for form in layer.forms.values() for key in form.keys}
         one_sided = {form.inward for form in layer.forms.values() if form.kind != "both"}
         for key, basis in layer.held_bases().items():
-            if not isinstance(basis, StoredBasis) or key != key.plain or key.from_data:
+            if key != key.plain or key.from_data:
                 continue  # a basis that an adapter brought along, or that came from data, is the adapter's
-            tensors |= factor_tensors(owners.get(key, name), key, basis)
+            tensors |= factor_tensors(name, key, basis)
             if key in one_sided:
                 s, rms = measured_scale(layer.original_weight(), basis, key.side, basis.rank)
                 tensors |= length_tensors(name, key, s, rms)

@@ -35,7 +35,7 @@ from ...tuner.config import QSVFTConfig
 from ...tuner.form import form_of
 from ...version import __version__
 from .model_state import state_of
-from .record import METHOD
+from .record import METHOD, recorded_fields
 
 FORMAT_VERSION = 1
 _IGNORED = r"(^|\.)qsvft\."
@@ -86,8 +86,8 @@ class PreparedConfig(BitsAndBytesConfig):
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=list(skip_modules or []),
         )
-        self.quant_method = METHOD
-        self.bits, self.adapter = bits, dict(adapter or {})
+        self.quant_method, self.bits = METHOD, bits
+        self.adapter = recorded_fields(adapter or {}, "quantization_config")
         self.format_version, self.versions = format_version, versions or _versions()
 
     def to_dict(self) -> dict[str, Any]:

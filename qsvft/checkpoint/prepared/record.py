@@ -10,6 +10,7 @@ from typing import Any
 
 from ...storage.tensor_index import INDEX_NAME, SINGLE_NAME
 from ...tuner.config import FACTOR_FIELDS
+from ...tuner.removed import without_removed
 
 METHOD = "qsvft"
 """The ``quant_method`` of a prepared model."""
@@ -24,12 +25,25 @@ def prepared_record(config: object) -> dict[str, Any] | None:
 
 def is_finished(folder: str | os.PathLike[str]) -> bool:
     """Whether a directory holds a whole prepared model."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
     whole = any((Path(folder) / name).is_file() for name in (INDEX_NAME, SINGLE_NAME))
-    return whole and prepared_record(config) is not None
+    return whole and read_record(folder) is not None
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What a directory's config.json says of how it was prepared; None where it says nothing."""
+    try:
+        return prepared_record(json.loads((Path(folder) / "config.json").read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def recorded_fields(adapter: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a :class:`~qsvft.QSVFTConfig` in a record's ``adapter``.
+
+    Raises:
+        ValueError: an option that this version does not have.
+    """
+    return without_removed(adapter, where, "Use the version that made it, or prepare the checkpoint again.")
 
 
 def recorded_options(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ...lean.switches import SWITCHES
 from ...lean.vocabulary import quantize_embeddings
 from ...storage.shapes_only import shapes_only
 from ...tuner.config import OPTIONS, QSVFTConfig
-from ...tuner.targets import check_targets, groups_of, rank_of, shape_of
+from ...tuner.targets import check_targets, rank_of, shape_of
 from ..methods import COUNTED, WRITTEN, Method
 
 RANKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
@@ -93,7 +93,7 @@ class Rung:
         parts = []
         for key in WRITTEN:
             value = self.settings.get(key)
-            if value is None or isinstance(value, list) or DEFAULTS.get(key) == value:
+            if value is None or DEFAULTS.get(key) == value:
                 continue
             parts.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
         return ":".join(filter(None, ("qsvft", ",".join(parts))))
@@ -103,8 +103,7 @@ class Rung:
         held = {16: "bf16", 8: "int8", 4: "NF4"}
         k = _config(now).rank
         rank = "full rank" if k is None else f"rank {k}"
-        factors = "no factors" if now.get("basis") == "hadamard" else f"{held[now['factor_bits']]} factors"
-        parts = [f"{rank} with {factors}"]
+        parts = [f"{rank} with {held[now['factor_bits']]} factors"]
         parts += [f"{held[now['quantize_embeddings']]} embeddings"] if now["quantize_embeddings"] != 16 else []
         parts += ["offloaded checkpoints"] if now["offload"] else []
         parts += [] if now["gradient_checkpointing"] else ["no checkpointing"]
@@ -151,8 +150,6 @@ def _takes(model: PreTrainedModel, step: Step, settings: Mapping[str, Any]) -> b
         return bool(model.supports_gradient_checkpointing)
     if step.option == "offload" and not settings["gradient_checkpointing"]:
         return False  # all that autograd keeps would travel, far slower than to compute it again
-    if step.option == "factor_bits" and settings.get("basis") == "hadamard":
-        return False
     try:
         _check(model, step.option, settings)
     except ValueError:
@@ -163,9 +160,9 @@ def _takes(model: PreTrainedModel, step: Step, settings: Mapping[str, Any]) -> b
 def _largest_rank(model: PreTrainedModel, settings: Mapping[str, Any]) -> int:
     """The largest k of all layers."""
     config = _config(settings)
-    names = check_targets(model, config)
-    groups = groups_of(model, config, names)
-    return max(rank_of(config, n, shape_of(model.get_submodule(n), n), groups.get(n)) for n in names)
+    return max(
+        rank_of(config, name, shape_of(model.get_submodule(name), name)) for name in check_targets(model, config)
+    )
 
 
 def _check(model: PreTrainedModel, option: str, settings: Mapping[str, Any]) -> None:

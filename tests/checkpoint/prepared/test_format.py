@@ -68,7 +68,7 @@ def basis(tensors, name, size, quant_map):
     return rounded(quant_map[codes(found)] * numpy.repeat(absmax, 128, axis=1))[:, :size]
 
 
-ONE_SIDED = [{"factor_bits": bits, "share_inputs": True} for bits in (16, 8, 4)]
+ONE_SIDED = [{"factor_bits": bits, "sides": "one"} for bits in (16, 8, 4)]
 FORMS = [*ONE_SIDED, *({"factor_bits": bits} for bits in (16, 8, 4))]
 
 
@@ -99,12 +99,12 @@ def test_int8_weights(llama, tmp_path):
 
 
 def stored_bases(tensors):
-    """(owner, key, rows) of each basis; owners as they stand in the names."""
+    """(layer, key, rows) of each basis; layers as they stand in the names."""
     for name, values in sorted(tensors.items()):
         start, _, part = name.rpartition(".")
         if start.startswith("qsvft.") and part in ("values", "codes"):
-            _, owner, key = start.split(".")
-            yield owner, key, values.shape[0]
+            _, layer, key = start.split(".")
+            yield layer, key, values.shape[0]
 
 
 @pytest.mark.anywhere
@@ -113,20 +113,15 @@ def test_factors_and_their_lengths(directory, llama):
     _, tensors = directory
     model = qsvft.quantize(load(llama), progress=False)
     quant_map = tensors["model.layers.0.mlp.up_proj.weight.quant_map"]
-    read_by = 0
-    for owner, key, _ in stored_bases(tensors):
-        layers = [
-            name.split(".")[1] for name in tensors if name.startswith(f"qsvft.{owner}") and name.endswith(f".{key}.s")
-        ]
-        for layer in layers:
-            W = dense_weight(model.get_submodule(layer.replace("/", "."))).double().numpy()
-            W = W if key[0] == "V" else W.T
-            rows = basis(tensors, f"qsvft.{owner}.{key}", W.shape[1], quant_map).astype(numpy.float64)
-            s, rms = (tensors[f"qsvft.{layer}.{key}.{part}"] for part in ("s", "rms"))
-            assert numpy.allclose(s, numpy.linalg.norm(W @ rows.T, axis=0), rtol=1e-6)
-            assert numpy.allclose(rms, numpy.linalg.norm(W) / W.shape[1] ** 0.5, rtol=1e-6)
-            read_by += 1
-    assert read_by == 14
+    stored = list(stored_bases(tensors))
+    assert len(stored) == 14
+    for layer, key, _ in stored:
+        W = dense_weight(model.get_submodule(layer.replace("/", "."))).double().numpy()
+        W = W if key[0] == "V" else W.T
+        rows = basis(tensors, f"qsvft.{layer}.{key}", W.shape[1], quant_map).astype(numpy.float64)
+        s, rms = (tensors[f"qsvft.{layer}.{key}.{part}"] for part in ("s", "rms"))
+        assert numpy.allclose(s, numpy.linalg.norm(W @ rows.T, axis=0), rtol=1e-6)
+        assert numpy.allclose(rms, numpy.linalg.norm(W) / W.shape[1] ** 0.5, rtol=1e-6)
 
 
 @pytest.mark.anywhere
@@ -135,21 +130,21 @@ def test_the_library_reads_the_same_entries(directory, llama):
     files = AutoModelForCausalLM.from_pretrained(folder).qsvft_factors
     quant_map = tensors["model.layers.0.mlp.up_proj.weight.quant_map"]
     shapes = {name: weight.shape for name, weight in load(llama).named_parameters()}
-    for owner, key, rank in stored_bases(tensors):
-        name = owner.replace("/", ".")
-        size = next(shape for of, shape in shapes.items() if of.startswith(f"{name}."))[key[0] == "V"]
+    for layer, key, rank in stored_bases(tensors):
+        name = layer.replace("/", ".")
+        size = shapes[f"{name}.weight"][key[0] == "V"]
         held = files.basis(name, key, rank, size, torch.device("cpu")).dense(torch.float32)
-        assert numpy.array_equal(basis(tensors, f"qsvft.{owner}.{key}", size, quant_map), held.numpy())
+        assert numpy.array_equal(basis(tensors, f"qsvft.{layer}.{key}", size, quant_map), held.numpy())
 
 
 @pytest.mark.anywhere
 def test_both_sides_are_singular_vectors_of_the_weight_as_held(llama, tmp_path):
     tensors = read(qsvft.prepare_checkpoint(llama, tmp_path / "prepared", dtype="bfloat16", progress=False))
     model = qsvft.quantize(load(llama), progress=False)
-    owners = {owner for owner, _, _ in stored_bases(tensors)}
-    assert len(owners) == 14
-    for owner in owners:
-        W = dense_weight(model.get_submodule(owner.replace("/", "."))).double().numpy()
-        U, V = (tensors[f"qsvft.{owner}.{side}_bf16.values"].astype(numpy.float64) for side in "UV")
+    layers = {layer for layer, _, _ in stored_bases(tensors)}
+    assert len(layers) == 14
+    for layer in layers:
+        W = dense_weight(model.get_submodule(layer.replace("/", "."))).double().numpy()
+        U, V = (tensors[f"qsvft.{layer}.{side}_bf16.values"].astype(numpy.float64) for side in "UV")
         s = numpy.linalg.svd(W, compute_uv=False)
         assert numpy.allclose(U @ W @ V.T, numpy.diag(s), atol=0.02 * s[0])

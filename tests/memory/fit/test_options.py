@@ -52,7 +52,7 @@ def described(model):
         "rank": config.rank,
         "pattern": config.pattern,
         "factor_bits": config.factor_bits,
-        "share_inputs": config.share_inputs,
+        "sides": config.sides,
         "checkpointing": inner.model.layers[0].gradient_checkpointing,
         "offload": hasattr(inner.model, "qsvft_offload"),
         "vocabulary": {m.stored.bits for m in inner.modules() if isinstance(m, QuantizedModule)},
@@ -115,7 +115,7 @@ def test_a_model_in_4_bits_already_gets_what_a_dense_one_gets(llama, rungs):
         {"gradient_checkpointing": True, "offload": True},
         {"gradient_checkpointing": False},
         {"quantize_embeddings": 8, "factor_bits": 8},
-        {"rank": 16, "share_inputs": True},
+        {"rank": 16, "sides": "one"},
         {"pattern": "plain", "chunked_loss": False},
         {"target_modules": ["q_proj"]},
         {"quantize_embeddings": 16, "offload": False},
@@ -127,7 +127,7 @@ def test_what_was_given_stays(llama, rungs, given):
     needed = qsvft.recommend(load(llama), **fit, **given).needed_bytes
     fit["card_gib"] = max(fit["card_gib"], needed / GIB)  # what is fixed may need more
     found = described(qsvft.prepare(load(llama), fit=fit, **given))
-    for name in ("rank", "pattern", "factor_bits", "share_inputs", "offload"):
+    for name in ("rank", "pattern", "factor_bits", "sides", "offload"):
         assert found[name] == given.get(name, found[name])
     assert found["checkpointing"] is given.get("gradient_checkpointing", found["checkpointing"])
     if "quantize_embeddings" in given:
@@ -234,9 +234,7 @@ def test_options_beside_a_recommendation_have_to_be_its_own(llama):
     found = qsvft.recommend(load(llama), 1, TOKENS, factor_bits=8)
     unchanged(load(llama), r"rank=16 is not.*recommend\(\.\.\., rank=16\)", fit=found, rank=16)
     unchanged(load(llama), "factor_bits=4 is not", fit=found, factor_bits=4)
-    same = qsvft.prepare(
-        load(llama), fit=found, factor_bits=8, offload=False, rank=None, pattern="dense", share_inputs=False
-    )
+    same = qsvft.prepare(load(llama), fit=found, factor_bits=8, offload=False, rank=None, pattern="dense", sides="both")
     assert described(same)["factor_bits"] == 8
 
 

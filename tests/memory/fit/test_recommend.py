@@ -116,7 +116,6 @@ def ranks(**fixed):
 
 def test_ranks_that_save_nothing_or_that_a_layer_does_not_have_are_left_out():
     assert ranks() == [None, 64, 32, 16]  # None is 128 for a dense M
-    assert ranks(pattern="banded", share_inputs=True) == [None, 256, 128, 64, 32, 16]
     assert ranks(pattern="banded", sides="one") == [None, 256, 128, 64, 32, 16]  # k and v have 256 directions
     assert ranks(pattern="banded", off_diagonals=100) == [None, 256, 128]
     assert ranks(target_modules=["k_proj"], pattern="plain") == [None, 128, 64, 32, 16]
@@ -141,13 +140,10 @@ def test_the_defaults_are_those_of_prepare(model):
         {"rank": None},
         {"rank": 128},
         {"factor_bits": 8},
-        {"factor_bits": 16, "share_inputs": False},
-        {"pattern": "banded", "share_inputs": True},
-        {"share_inputs": [["q_proj", "k_proj"]]},
+        {"factor_bits": 16, "sides": "one"},
         {"pattern": "plain"},
-        {"pattern": "banded", "sides": "one", "off_diagonals": 2, "tail_damping": 0.05},
+        {"pattern": "banded", "sides": "one", "off_diagonals": 2},
         {"sides": "both"},
-        {"basis": "hadamard"},
         {"decomposition": "exact"},
         {"residual": True, "sides": "both"},
         {"target_modules": ["q_proj", "v_proj"]},
@@ -169,7 +165,6 @@ def test_a_fixed_option_stays_as_it_is_on_every_rung(fixed):
             continue
         reached = any(step in rung.steps for rung in rungs)
         impossible = {
-            "factor_bits": fixed.get("basis") == "hadamard",
             "offload": fixed.get("gradient_checkpointing") is False,
             "rank": step.value >= largest,
         }
@@ -237,8 +232,7 @@ def test_the_method_says_to_the_profiler_what_was_counted(peaks):
     "fixed",
     [
         {"pattern": "top_k", "off_diagonals": 3},
-        {"sides": "both", "tail_damping": 0.2},
-        {"basis": "hadamard", "rank": 32},
+        {"sides": "one", "rank": 32},
         {"decomposition": "float32", "rank": 16},
     ],
     ids=str,
