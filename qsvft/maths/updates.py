@@ -1,6 +1,6 @@
 """The adapted maps: from an activation to coefficients, through M, and back.
 
-    two-sided (the paper's)      y = W x + U M Vᵀ x
+    two-sided (the paper's)      y = W x + U M Vᵀ x           or, where W is rounded, W x + (U M + E) Vᵀ x
     one-sided, input  (n <= m)   y = W (x + V N Vᵀ x)            N  = S⁻¹ M
     one-sided, output (m <  n)   y = W x + U N' Uᵀ (W x)         N' = M S⁻¹
 
@@ -67,15 +67,30 @@ def coefficients_of(a: Tensor, basis: Basis, rank: int) -> Tensor:
 
 
 def two_sided_update(
-    y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern, scale: Scale = None
+    y: Tensor,
+    x: Tensor,
+    U: Basis,
+    V: Basis,
+    values: Tensor,
+    pattern: Pattern,
+    scale: Scale = None,
+    E: Basis | None = None,
 ) -> Tensor:
-    """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n, scale of the rows of M."""
+    """y + U M Vᵀ x: the paper's form, or y + (U M + E) Vᵀ x.
+
+    y (..., m), x (..., n), U of R^m, V of R^n, scale of the rows of M; E has a row of R^m for each direction of V.
+    """
     if isinstance(pattern, DensePattern) and not isinstance(scale, Tensor) and y.is_contiguous() and x.numel():
         held = V.held(pattern.rank), U.held(pattern.rank)
         if held[0] is not None and held[1] is not None:
             rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-            return dense_update(*rows, values, scale, held[0], held[1]).view(y.shape)
-    return sparse_update(y, x, V, U, values, pattern, scale)
+            error = None if E is None else E.held(pattern.rank)
+            return dense_update(*rows, values, scale, held[0], held[1], error).view(y.shape)
+    if E is None or x.numel() == 0 or y.numel() == 0:
+        return sparse_update(y, x, V, U, values, pattern, scale)
+    h = coefficients_of(x, V, pattern.rank)
+    given_back = E.from_coefficients(h.new_zeros(1), h).view(y.shape)
+    return sparse_update(y + given_back.to(y.dtype), x, V, U, values, pattern, scale, h=h)
 
 
 def input_side_update(

@@ -24,6 +24,7 @@ from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorSource
 from ..storage.factors import StoredBasis, make_bases, make_shared_basis
 from ..storage.residual import ResidualLinear
+from ..storage.stored_matrix import StoredMatrix
 from .adapted import AdaptedLinear
 from .config import QSVFTConfig
 from .form import Form
@@ -54,7 +55,7 @@ def hold_bases(
     Returns:
         The form with the keys under which they are held, and the source that they are from, if any.
     """
-    if config.residual:
+    if config.residual_base:
         base = layer.original_base()
         assert isinstance(base, ResidualLinear)
         if sources.own is not None and sources.own.rank(layer.module_name, form.inward):
@@ -76,7 +77,8 @@ def hold_bases(
         if group is not None and held[names[key]].last_input is None:
             held[names[key]].last_input = LastInput()
     layer.qsvft_bases.update({name: held[name] for name in names.values()})
-    return replace(form, inward=names[form.inward], outward=names[form.outward]), source
+    error = None if form.error is None else names[form.error]
+    return replace(form, inward=names[form.inward], outward=names[form.outward], error=error), source
 
 
 def _computed(
@@ -105,6 +107,8 @@ def _computed(
         return {form.inward: make_shared_basis(group.weights, rank, config.factor_bits, form.method)}
     sides: Sides = "both" if form.kind == "both" else "one"
     made = make_bases(weight, rank, sides, config.factor_bits, form.method)
+    if form.error is not None:  # on meta alone: of real ones there is a source
+        made["E"] = StoredBasis(StoredMatrix.hold(weight.new_empty(rank, weight.shape[0]), config.factor_bits))
     return {key: made[key.side] for key in missing}
 
 

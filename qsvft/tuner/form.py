@@ -18,6 +18,7 @@ class Form:
     Attributes:
         kind: the map.
         inward, outward: the keys of the bases.
+        error: the key of what the base's rounding took from the inward directions, where that is given back.
         seeded: whether the basis comes from a seed and not from the weight.
         group: the layers that share the basis, if any.
         method: how the singular vectors are computed.
@@ -29,11 +30,12 @@ class Form:
     seeded: bool = False
     group: str | None = None
     method: Decomposer = EXACT
+    error: BasisKey | None = None
 
     @property
     def keys(self) -> tuple[BasisKey, ...]:
         """The keys, each once."""
-        return tuple(dict.fromkeys((self.inward, self.outward)))
+        return tuple(dict.fromkeys(key for key in (self.inward, self.outward, self.error) if key is not None))
 
     def owner(self, layer: str) -> str:
         """Under which module's name the bases are stored: the layer's, or the parent's of those that share them."""
@@ -41,7 +43,7 @@ class Form:
 
     def sizes(self, shape: tuple[int, int]) -> dict[BasisKey, int]:
         """The length of a direction of each basis, for a weight of shape (outputs, inputs)."""
-        return {key: shape["UV".index(key.side)] for key in self.keys}
+        return {key: shape[1] if key.side == "V" else shape[0] for key in self.keys}
 
 
 def form_of(
@@ -70,7 +72,8 @@ def form_of(
         return BasisKey.singular(side, config.factor_bits, method, rank, original=original, group=group)
 
     if config.sides == "both":
-        return Form("both", key("V"), key("U"), method=method)
+        error = key("E") if config.residual and config.basis == "data" else None
+        return Form("both", key("V"), key("U"), method=method, error=error)
     kind = "input" if group is not None else small_side(shape)
     one = key("V" if kind == "input" else "U")
     return Form(kind, one, one, seeded, group, method)

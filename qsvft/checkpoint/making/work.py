@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -56,6 +56,13 @@ def finish_unit(
     for stored in unit.stored:
         written |= _factors(stored, held, options, device)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in written.items()}, source
+
+
+def dense_weights(unit: Unit, checkpoint: Checkpoint, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The names of a unit's linear layers with their weights (m, n), before they are quantised."""
+    read = _read(unit, checkpoint, model)
+    for described in unit.layers:
+        yield described.name, _dense(_layer(model, described.name, read))
 
 
 def source_digest(unit: Unit, checkpoint: Checkpoint, model: PreTrainedModel) -> str:
