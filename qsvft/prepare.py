@@ -22,7 +22,7 @@ from .memory.fit.recommend import Recommendation
 from .storage.alignment import align_tensors
 from .storage.quantization import held_bits, quantize
 from .storage.weights import dense_weight
-from .tuner.calibration import calibrate, check_calibration, with_basis
+from .tuner.calibration import calibrate, check_calibration, to_fit, with_basis
 from .tuner.config import QSVFTConfig
 from .tuner.progress import progress_bars
 from .tuner.targets import check_targets
@@ -90,10 +90,11 @@ def prepare(
     if fit is not None:
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
-        options = fitting_options(model, fit, bits, {**lean, **fields}, progress)
+        residual = _has_weights(model, bits)
+        options = options_to_fit(model, fit, bits, lean, fields, calibration, residual, progress)
         return prepare(model, bits, adapter_name=adapter_name, calibration=calibration, progress=progress, **options)
     if config is None:
-        config = config_for(model, with_basis(fields, calibration, bits == 4 and held_bits(model) == 16))
+        config = config_for(model, with_basis(fields, calibration, _has_weights(model, bits)))
     check_calibration(config, calibration)
     trained_whole = [*(config.modules_to_save or []), *left_whole(config)]
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
@@ -143,6 +144,29 @@ def _make_lean(model: nn.Module, switches: Switches) -> None:
         offload_checkpoints(model)
     if switches.chunked_loss and chunked_loss_obstacle(model) is None:
         enable_chunked_loss(model)
+
+
+def options_to_fit(
+    model: nn.Module,
+    fit: object,
+    bits: int,
+    lean: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    calibration: object,
+    residual: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The options that fit a card; a recommendation stays what was counted, which directions from data alone do not
+    change."""
+    if not isinstance(fit, Recommendation):
+        fields = to_fit(fields, calibration, residual)
+    options = fitting_options(model, fit, bits, {**lean, **fields}, progress)
+    return options if calibration is None else {"residual": False, **options}
+
+
+def _has_weights(model: nn.Module, bits: int) -> bool:
+    """Whether the weights before they are quantised to 4 bits are at hand."""
+    return bits == 4 and held_bits(model) == 16
 
 
 def _dense_weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -136,12 +136,22 @@ def _dense(layer: nn.Module, size: int) -> Tensor:
     return read_through(layer, size) if weight is None else weight
 
 
+FACTOR_BITS = 8
+"""How directions from data are held where nothing else is said: in training int8 is bf16's equal."""
+
+
 def with_basis(fields: Mapping[str, Any], calibration: object, residual: bool) -> dict[str, Any]:
     """Fields of a config that were given one by one. With data, its basis is "data" where they name none, and what
     rounding took is given back (``residual``, where the weights before it are at hand)."""
     if calibration is None or fields.get("basis", "data") != "data":
         return dict(fields)
-    return {"basis": "data", "residual": residual, **fields}
+    return {"basis": "data", "residual": residual, "factor_bits": FACTOR_BITS, **fields}
+
+
+def to_fit(fields: Mapping[str, Any], calibration: object, residual: bool) -> dict[str, Any]:
+    """The same where a card's size chooses how the factors are held."""
+    chosen = with_basis(fields, calibration, residual)
+    return {name: value for name, value in chosen.items() if name in fields or name != "factor_bits"}
 
 
 def check_calibration(config: QSVFTConfig, calibration: object) -> None:

@@ -110,6 +110,39 @@ def test_a_checkpoint_streams_to_the_same_adapter(llama, tmp_path):
         assert torch.equal(one.get_delta_weight("default"), other.get_delta_weight("default")), name
 
 
+def test_one_prepared_directory_serves_every_adapter_with_directions_from_data(llama, tmp_path):
+    cache = {"cache_dir": tmp_path / "cache"}
+    model = randomize(qsvft.from_pretrained(llama, calibration=batches(), rank=RANK, **cache))
+    model.save_pretrained(tmp_path / "adapter")
+    again = qsvft.from_pretrained(llama, adapter=tmp_path / "adapter", **cache)
+    assert torch.equal(logits(again), logits(model))
+    qsvft.from_pretrained(llama, calibration=batches(), rank=4, factor_bits=4, target_modules=["q_proj"], **cache)
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.name != ".locks"]) == 1
+
+
+def test_a_directory_prepared_for_directions_from_data_says_how_they_are_held(llama, tmp_path):
+    base = qsvft.prepare_checkpoint(llama, tmp_path / "prepared", basis="data", rank=RANK, factor_bits=4)
+    config = qsvft.from_pretrained(base, calibration=batches()).peft_config["default"]
+    assert (config.rank, config.factor_bits, config.residual) == (RANK, 4, False)
+    other = qsvft.prepare_checkpoint(llama, tmp_path / "other", rank=RANK)
+    config = qsvft.from_pretrained(other, calibration=batches()).peft_config["default"]
+    assert (config.rank, config.factor_bits, config.residual) == (RANK, 8, False)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_card_is_fitted_with_what_is_given_back(llama, tmp_path, streamed):
+    options = {"fit": {"card_gib": 8, "seq_len": 32}, "calibration": batches(), "rank": RANK}
+    if streamed:
+        model = qsvft.from_pretrained(llama, cache_dir=tmp_path, dtype="bfloat16", **options)
+    else:
+        model = qsvft.prepare(load(llama), **options)
+    config = model.peft_config["default"]
+    assert (config.basis, config.residual, config.factor_bits) == ("data", True, 8)
+    counted = qsvft.recommend(load(llama), seq_len=32, rank=RANK, pattern="dense")
+    model = qsvft.prepare(load(llama), fit=counted, calibration=batches())
+    assert not model.peft_config["default"].residual  # it was not counted
+
+
 def test_it_is_on_where_the_weights_are_at_hand(llama, tmp_path):
     options = {"calibration": batches(), "rank": RANK}
     base = qsvft.prepare_checkpoint(llama, tmp_path / "prepared", rank=RANK)
