@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "calibration given, and the basis stays singular",
         "tuner/calibration.py",
-        'else {"basis": "data", **fields}',
-        "else dict(fields)",
+        'return {"basis": "data", "residual": residual, "factor_bits": FACTOR_BITS, **fields}',
+        "return dict(fields)",
         ("tuner/test_calibration.py",),
     ),
     Mutant(
@@ -582,6 +582,41 @@ MUTANTS = (
         "return stored * self.units[adapter]",
         "return stored",
         ("tuner/test_layer.py::test_the_delta_weight_is_the_dense_reference",),
+    ),
+    Mutant(
+        "what is given back has no gradient",
+        "maths/dense_update.py",
+        "grad_h += times_transpose(g.to(h.dtype), ctx.E)",
+        "pass",
+        ("tuner/test_given_back.py",),
+    ),
+    Mutant(
+        "what rounding took has the wrong sign",
+        "tuner/calibration.py",
+        "(W.to(held.device).float() - held.float())",
+        "(held.float() - W.to(held.device).float())",
+        ("tuner/test_given_back.py",),
+    ),
+    Mutant(
+        "of another calibration the errors are those held already",
+        "tuner/bases.py",
+        "error = None if form.error is None else names[form.error]",
+        "error = form.error",
+        ("tuner/test_given_back.py",),
+    ),
+    Mutant(
+        "a prepared directory for every adapter from data",
+        "loading.py",
+        'return replace(job, config=None, given={"basis": "data", **said})',
+        "return job",
+        ("tuner/test_given_back.py",),
+    ),
+    Mutant(
+        "a card is fitted without what is given back",
+        "prepare.py",
+        "fields = to_fit(fields, calibration, residual)",
+        "pass",
+        ("tuner/test_given_back.py",),
     ),
     Mutant(
         "calibration looks at the padding",

@@ -113,7 +113,7 @@ def _errors(
         held = _dense(layers[name], shape[1])
         V = found.basis(name, BasisKey.data("V", bits, rank), rank, shape[1], held.device)
         assert V is not None
-        rows = _lost(W.to(held.device), held, V.dense(torch.float32))
+        rows = V.dense(torch.float32) @ (W.to(held.device).float() - held.float()).t()
         errors[name, BasisKey.data("E", bits, rank)] = StoredBasis(StoredMatrix.hold(rows.cpu(), bits))
     missing = [name for name in layers if not any(owner == name for owner, _ in errors)]
     if missing:
@@ -122,11 +122,6 @@ def _errors(
             f"({len(missing)} of {len(layers)} such). Give them all, or residual=False."
         )
     return errors
-
-
-def _lost(W: Tensor, held: Tensor, V: Tensor) -> Tensor:
-    """Eᵀ (k, m), so that E Vᵀ x = (W - held) x for x in the span of V as it is held, where it is not orthonormal."""
-    return torch.linalg.solve(V @ V.t(), V @ (W.float() - held.float()).t())
 
 
 def _dense(layer: nn.Module, size: int) -> Tensor:
