@@ -619,6 +619,13 @@ MUTANTS = (
         ("tuner/test_given_back.py",),
     ),
     Mutant(
+        "one learning rate for all, given back or not",
+        "tuner/learning_rate.py",
+        "return RATE_GIVEN_BACK if",
+        "return RATE if",
+        ("tuner/test_learning_rate.py",),
+    ),
+    Mutant(
         "calibration looks at the padding",
         "tuner/calibration.py",
         "return x[self._mask.bool()]",

@@ -29,8 +29,8 @@ def suggest_learning_rate(model_or_config: nn.Module | QSVFTConfig, adapter_name
     config = model_or_config if isinstance(model_or_config, QSVFTConfig) else _of_model(model_or_config, adapter_name)
     if config.unit == "one":
         raise ValueError(
-            "suggest_learning_rate(): found unit='one', in which the best rate depends on the pattern, the rank and the "
-            "model; expected unit='weight'. The paper takes 5e-2 for plain and 1e-3 to 5e-3 for banded."
+            "suggest_learning_rate(): found unit='one', in which the best rate depends on pattern, rank and model; "
+            "expected unit='weight'. The paper takes 5e-2 for plain and 1e-3 to 5e-3 for banded."
         )
     return RATE_GIVEN_BACK if config.residual and not config.residual_base else RATE
 
