@@ -19,6 +19,7 @@ from .prepare import prepare
 from .storage.quantization import quantize
 from .tuner import QSVFTConfig, QSVFTModel
 from .tuner.calibration import calibrate
+from .tuner.learning_rate import suggest_learning_rate
 from .use_factors import use_factors
 from .version import __version__
 
@@ -39,5 +40,6 @@ __all__ = [
     "profile",
     "quantize",
     "recommend",
+    "suggest_learning_rate",
     "use_factors",
 ]

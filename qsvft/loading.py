@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .checkpoint.making.cache import prepared_in_cache
-from .checkpoint.making.job import chosen_dtype, open_job
+from .checkpoint.making.job import Job, chosen_dtype, open_job
 from .checkpoint.making.plan import stored_forms
 from .checkpoint.making.streaming import chosen_device
 from .checkpoint.prepared.record import prepared_record, recorded_options
@@ -24,7 +24,7 @@ from .lean.vocabulary import check_embeddings, quantize_embeddings
 from .memory.fit.ladder import STEPS
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
-from .prepare import attach_lean
+from .prepare import Calibration, attach_lean, options_to_fit
 from .storage.factor_files import FactorFiles
 from .tuner.calibration import check_calibration, with_basis
 from .tuner.config import QSVFTConfig
@@ -100,15 +100,20 @@ def from_pretrained(
             "adapter without it"
         )
     hub: dict[str, Any] = {"revision": revision, "token": token}
-    options = {**lean, **fields}
+    options, source = {**lean, **fields}, None
     if prepared_record(_read_config(path_or_id, hub)) is None:
         wanted, held = (config, 4) if adapter is None else _of_adapter(adapter)
-        given = with_basis(fields, calibration) if wanted is None else fields
+        residual = (held if bits is None else bits) == 4
+        given = with_basis(fields, calibration, residual) if wanted is None else fields
         job = open_job(path_or_id, held if bits is None else bits, wanted, given, dtype=dtype, **hub)
         if fit is not None:
-            options, fit = fitting_options(job.model, fit, job.bits, options, progress), None
-            job = replace(job, given=with_basis(without_switches(options)[1], calibration))
-        path_or_id, hub = prepared_in_cache(job, cache_dir, workers, chosen_device(device), progress), {}
+            options = options_to_fit(job.model, fit, job.bits, lean, fields, calibration, residual, progress)
+            job, fit = replace(job, given=with_basis(without_switches(options)[1], calibration, residual)), None
+        source = job
+        path_or_id, hub = (
+            prepared_in_cache(_without_directions(job), cache_dir, workers, chosen_device(device), progress),
+            {},
+        )
     model, record = _load(path_or_id, bits, dtype, device_map, hub)
     if fit is not None:
         options = fitting_options(model, fit, record["bits"], {**_fixed(record), **options}, progress)
@@ -116,10 +121,15 @@ def from_pretrained(
         use_factors(model, factors)
     lean, fields = without_switches(options)
     if config is None and adapter is None:
-        config = config_for(model, {**recorded_options(record), **with_basis(fields, calibration)})
+        config = config_for(model, _options_of(record, fields, calibration, source))
     if config is not None:
         check_calibration(config, calibration)
         _check_factors(path_or_id, model, config)
+        if config.residual and not config.residual_base and source is None:
+            raise ValueError(
+                f"{path_or_id}: residual=True with basis='data' needs the weights before they were quantised; found a "
+                "prepared directory, which has them in 4 bits. Give the original checkpoint, or residual=False."
+            )
     switches = Switches(**lean)
     _hold_vocabulary(model, switches.quantize_embeddings, config)
 
@@ -129,8 +139,29 @@ def from_pretrained(
         # Read on the CPU: a self-contained adapter's factors go to the card once, when it is attached.
         return PeftModel.from_pretrained(frozen, adapter, adapter_name, is_trainable=True, torch_device="cpu")
 
-    seen = None if config is None or calibration is None else (config, calibration)
+    seen = None
+    if config is not None and calibration is not None:
+        seen = Calibration(config, calibration, source.weights() if source is not None and config.residual else None)
     return attach_lean(model, attach, switches, progress, seen)
+
+
+def _without_directions(job: Job) -> Job:
+    """Where the directions come from data nothing is decomposed: one prepared directory serves all such adapters."""
+    config = job.options.config
+    if config.basis != "data":
+        return job
+    said = {name: value for name in ("modules_to_save", "task_type") if (value := getattr(config, name)) is not None}
+    return replace(job, config=None, given={"basis": "data", **said})
+
+
+def _options_of(
+    record: Mapping[str, Any], fields: Mapping[str, Any], calibration: object, source: Job | None
+) -> dict[str, Any]:
+    """The options of a new adapter: those given, then those that a directory was prepared for, then the defaults."""
+    recorded, given = recorded_options(record), with_basis(fields, calibration, source is not None and source.bits == 4)
+    if recorded.get("basis") != "data":
+        return {**recorded, **given}
+    return given if source is not None else {**given, **recorded, **fields}
 
 
 def _load(

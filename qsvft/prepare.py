@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint.prepared.quantizer import mark_prepared
 from .lean import vocabulary
@@ -20,12 +20,21 @@ from .lean.switches import Switches, without_switches
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .storage.alignment import align_tensors
-from .storage.quantization import quantize
-from .tuner.calibration import calibrate, check_calibration, with_basis
+from .storage.quantization import held_bits, quantize
+from .storage.weights import dense_weight
+from .tuner.calibration import calibrate, check_calibration, to_fit, with_basis
 from .tuner.config import QSVFTConfig
 from .tuner.progress import progress_bars
 from .tuner.targets import check_targets
 from .tuner.tasks import check_residual, config_for, left_whole
+
+
+class Calibration(NamedTuple):
+    """What :func:`~qsvft.tuner.calibration.calibrate` takes beside the model."""
+
+    config: QSVFTConfig
+    batches: Iterable[Mapping[str, Any]]
+    weights: Iterable[tuple[str, Tensor]] | None
 
 
 @shows(Switches, QSVFTConfig)
@@ -57,7 +66,8 @@ def prepare(
         config: a whole :class:`QSVFTConfig`; give either this or single options, or ``fit``.
         adapter_name: name of the adapter.
         calibration: batches of what is to be trained on, such as the data loader; the first few give the directions
-            of ``basis="data"``, which is the default where this is given. See :func:`calibrate`.
+            of ``basis="data"``, which is the default where this is given, and with a dense model and bits=4 so is
+            ``residual``. The dense weights then stay on the CPU until the batches are seen. See :func:`calibrate`.
         progress: show progress bars.
         **options: the switches gradient_checkpointing (on), offload (off), chunked_loss (on) and quantize_embeddings
             (16), see :class:`~qsvft.lean.switches.Switches`; and fields of :class:`QSVFTConfig`, such as rank=64,
@@ -80,17 +90,20 @@ def prepare(
     if fit is not None:
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
-        options = fitting_options(model, fit, bits, {**lean, **fields}, progress)
+        residual = _has_weights(model, bits)
+        options = options_to_fit(model, fit, bits, lean, fields, calibration, residual, progress)
         return prepare(model, bits, adapter_name=adapter_name, calibration=calibration, progress=progress, **options)
-    config = config if config is not None else config_for(model, with_basis(fields, calibration))
+    if config is None:
+        config = config_for(model, with_basis(fields, calibration, _has_weights(model, bits)))
     check_calibration(config, calibration)
     trained_whole = [*(config.modules_to_save or []), *left_whole(config)]
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
     check_residual(config, bits)
     vocabulary.check_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     align_tensors(model, odd_only=True)  # otherwise what the base computes could change in its last bits
+    weights = _dense_weights(model, targets) if config.residual and not config.residual_base else None
     # A residual base is quantised where it is made, from the dense weight.
-    quantize(model, bits, skip_modules=[*trained_whole, *(targets if config.residual else ())], progress=progress)
+    quantize(model, bits, skip_modules=[*trained_whole, *(targets if config.residual_base else ())], progress=progress)
     if switches.quantize_embeddings != 16:
         vocabulary.quantize_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     record = config.factor_options()  # as they were given: PEFT puts names in place of "all-linear"
@@ -99,7 +112,7 @@ def prepare(
         lambda frozen: get_peft_model(frozen, config, adapter_name=adapter_name),
         switches,
         progress,
-        None if calibration is None else (config, calibration),
+        None if calibration is None else Calibration(config, calibration, weights),
     )
     mark_prepared(model, record)
     return prepared
@@ -110,14 +123,14 @@ def attach_lean(
     attach: Callable[[nn.Module], nn.Module],
     switches: Switches,
     progress: bool = True,
-    calibration: tuple[QSVFTConfig, Iterable[Mapping[str, Any]]] | None = None,
+    calibration: Calibration | None = None,
 ) -> PeftModel:
     """Attach adapters to a model that is quantised already, and make its training step lean; see :func:`prepare`."""
     with progress_bars(progress):
         lean_norms(model)
         if calibration is not None:
             _make_lean(model, switches)  # a batch of the calibration then fits where a step fits
-            calibrate(model, *calibration)
+            calibrate(model, calibration.config, calibration.batches, weights=calibration.weights)
         prepared = attach(model)
     assert isinstance(prepared, PeftModel)
     _make_lean(model, switches)
@@ -131,6 +144,49 @@ def _make_lean(model: nn.Module, switches: Switches) -> None:
         offload_checkpoints(model)
     if switches.chunked_loss and chunked_loss_obstacle(model) is None:
         enable_chunked_loss(model)
+
+
+def options_to_fit(
+    model: nn.Module,
+    fit: object,
+    bits: int,
+    lean: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    calibration: object,
+    residual: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The options that fit a card; a recommendation stays what was counted, which directions from data alone do not
+    change."""
+    if not isinstance(fit, Recommendation):
+        fields = to_fit(fields, calibration, residual)
+    options = fitting_options(model, fit, bits, {**lean, **fields}, progress)
+    return options if calibration is None else {"residual": False, **options}
+
+
+def _has_weights(model: nn.Module, bits: int) -> bool:
+    """Whether the weights before they are quantised to 4 bits are at hand."""
+    return bits == 4 and held_bits(model) == 16
+
+
+def _dense_weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of layers as they are now, on the CPU, one after the other; each is let go with the next.
+
+    Raises:
+        ValueError: one of them is quantised already.
+    """
+    held: dict[str, Tensor] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        weight = dense_weight(layer) if held_bits(layer) == 16 else None
+        if weight is None:
+            raise ValueError(
+                f"{name}: residual=True needs the weight before it is quantised, found a {type(layer).__name__}. "
+                "Expected the model as it is loaded in bf16: leave out qsvft.quantize() and quantization_config, or "
+                "give residual=False."
+            )
+        held[name] = weight.detach().cpu()
+    return ((name, held.pop(name)) for name in list(held))
 
 
 def _refuse_prepared(model: nn.Module) -> None:

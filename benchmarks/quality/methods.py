@@ -80,7 +80,10 @@ def _ours(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Modu
     # A base in 4 bits stays what it is; bits=16 leaves a dense one as it is.
     bits = 4 if setting.held == NF4 else 16
     if options["basis"] == "data":
-        qsvft.calibrate(base, qsvft.QSVFTConfig(**options), setting.calibration, setting.task.loss)
+        config, loss = qsvft.QSVFTConfig(**options), setting.task.loss
+        weights = setting.task.load(BF16, setting.seed).named_parameters() if config.residual else ()
+        named = ((name.removesuffix(".weight"), weight) for name, weight in weights)
+        qsvft.calibrate(base, config, setting.calibration, loss, named if config.residual else None)
         return get_peft_model(base, qsvft.QSVFTConfig(**options))
     return qsvft.prepare(base, bits=bits, gradient_checkpointing=False, progress=False, **options)
 
@@ -208,6 +211,10 @@ METHODS = {
         ours("one-sided Hadamard d=8", basis="hadamard"),
         *(dense("data", rank, "data", 2e-3) for rank in (32, 56, 64, 96, 128, 192)),
         dense("data", 130, "data", 2e-3, rank_pattern=AS_LORA_8),
+        *(
+            dense(f"data {held}, given back", rank, "data", 2e-3, factor_bits=bits, residual=True)
+            for held, bits, rank in (("int8", 8, 128), ("int8", 8, 56), ("bf16", 16, 128), ("NF4", 4, 128))
+        ),
         *(dense("singular", rank, "singular", 4e-3) for rank in (64, 96, 128)),
         *(dense(f"data {held}", 128, "data", 2e-3, factor_bits=bits) for held, bits in (("int8", 8), ("NF4", 4))),
         form("tried: gradient, dense k=96", "gradient", "gradient", 96),

@@ -194,6 +194,7 @@ FORMS = (
 )
 ON_CHOICES = ("data, dense k=96", "LoRA r=8", "singular, dense k=96", "one-sided d=8", "LoRA r=16")
 CHOICES = ("arc-easy", "openbookqa", "boolq", "arc-challenge")
+DEFAULT = "data int8, given back, dense k=128"
 LONG = {"steps": 100, "seeds": (0, 1, 2), "held_out": 512}
 STUDIES: dict[str, list[Job]] = {
     "lean-options": [Job("sst2", METHODS[name], 80, 16, (0, 1, 2)) for name in LEAN],
@@ -216,11 +217,15 @@ STUDIES: dict[str, list[Job]] = {
         )
     ],
     "data": [Job("gsm8k", METHODS[name], **LONG) for name in ("data, dense k=96", "data, dense k=128")],
-    "choices": [
-        Job(task, METHODS[name], **LONG)
-        for names in (("LoRA r=8", "data, dense k=96"), ("LoRA r=16", "data, dense k=128"), ("full fine-tuning",))
-        for task in ("arc-easy", "openbookqa")
-        for name in names
+    "default": [
+        Job("gsm8k", METHODS[DEFAULT], **LONG),
+        *(Job(task, METHODS[name], **LONG) for task in ("arc-easy", "openbookqa") for name in (DEFAULT, "LoRA r=16")),
+        Job("gsm8k", METHODS["data int8, given back, dense k=56"], **LONG),
+        *(
+            Job(task, METHODS[name], **LONG)
+            for task in ("arc-easy", "openbookqa")
+            for name in ("full fine-tuning", "LoRA r=8")
+        ),
     ],
     "ideas": [
         Job("gsm8k", METHODS[f"tried: {name}, dense k=96"], batch_size=4)
@@ -232,7 +237,6 @@ STUDIES: dict[str, list[Job]] = {
         Job("gsm8k", METHODS["LoRA r=16, LoftQ's"], batch_size=4),
         Job("gsm8k", METHODS["data, dense k=96"], batch_size=4, held=RESIDUAL),
     ],
-    "few": [Job("gsm8k", METHODS["data, dense k=56"], **LONG)],
     "card": [
         *(Job("gsm8k", METHODS[name], **LONG) for name in FRONTIER),
         *(Job(task, METHODS[name], **LONG) for task in CHOICES for name in ON_CHOICES),

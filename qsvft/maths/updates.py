@@ -1,6 +1,6 @@
 """The adapted maps: from an activation to coefficients, through M, and back.
 
-    two-sided (the paper's)      y = W x + U M Vᵀ x
+    two-sided (the paper's)      y = W x + U M Vᵀ x           or, where W is rounded, W x + (U M + E) Vᵀ x
     one-sided, input  (n <= m)   y = W (x + V N Vᵀ x)            N  = S⁻¹ M
     one-sided, output (m <  n)   y = W x + U N' Uᵀ (W x)         N' = M S⁻¹
 
@@ -59,12 +59,26 @@ def sparse_update(
 
 
 def two_sided_update(
-    y: Tensor, x: Tensor, U: Basis, V: Basis, values: Tensor, pattern: Pattern, scale: Scale = None
+    y: Tensor,
+    x: Tensor,
+    U: Basis,
+    V: Basis,
+    values: Tensor,
+    pattern: Pattern,
+    scale: Scale = None,
+    E: Basis | None = None,
 ) -> Tensor:
-    """y + U M Vᵀ x: the paper's form. y (..., m), x (..., n), U of R^m, V of R^n, scale of the rows of M."""
+    """y + U M Vᵀ x: the paper's form, or y + (U M + E) Vᵀ x.
+
+    y (..., m), x (..., n), U of R^m, V of R^n, scale of the rows of M; E has a row of R^m for each direction of V.
+    """
     if isinstance(pattern, DensePattern) and not isinstance(scale, Tensor) and y.is_contiguous() and x.numel():
         rows = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        return dense_update(*rows, values, scale, V.held(pattern.rank), U.held(pattern.rank)).view(y.shape)
+        error = None if E is None else E.held(pattern.rank)
+        return dense_update(*rows, values, scale, V.held(pattern.rank), U.held(pattern.rank), error).view(y.shape)
+    if E is not None and x.numel() and y.numel():
+        h = V.to_coefficients(x.reshape(-1, x.shape[-1]), pattern.rank)
+        y = y + E.from_coefficients(h.new_zeros(1), h).view(y.shape).to(y.dtype)
     return sparse_update(y, x, V, U, values, pattern, scale)
 
 

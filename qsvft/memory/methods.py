@@ -131,7 +131,8 @@ def _value(text: str, name: str, key: str, value: str) -> Any:
 def build(method: Method, model: PreTrainedModel) -> nn.Module:
     """Turn a frozen bf16 model (on meta or real) into one that the method trains, in place."""
     meta = next(model.parameters()).is_meta
-    if method.bits == 4 and not method.options.get("residual"):  # a residual base quantises itself
+    residual_base = method.options.get("residual") and method.options.get("basis") != "data"
+    if method.bits == 4 and not residual_base:  # which quantises itself
         model = nf4_on_meta(model) if meta else _quantized(model)
     with shapes_only():
         built = _BUILDERS[method.name](method, model)

@@ -5,6 +5,7 @@
     V_bf16_float32           singular vectors computed in fp32; V_bf16_float32_256 where they are randomized
     V_int8_original          those of the dense weight that a residual base was made from
     V_bf16_data_96           96 directions of what passed through the layer on some data
+    E_bf16_data_96           what the base's rounding took from those 96, (W - the weight as held) V
     V_bf16@1                 others than those that the layer holds under V_bf16
 
 The parts go together: V_nf4_randomized_256_original.
@@ -50,9 +51,9 @@ class BasisKey(str):
         return cls(f"{side}_{HELD[bits]}{_DATA}{rank}")
 
     @property
-    def side(self) -> Literal["U", "V"]:
-        """ "U", directions of the output, or "V", of the input."""
-        return cast(Literal["U", "V"], self[0])
+    def side(self) -> Literal["U", "V", "E"]:
+        """ "U", directions of the output, "V", of the input, or "E", what is added to the output for each of V's."""
+        return cast(Literal["U", "V", "E"], self[0])
 
     @property
     def from_data(self) -> bool:

@@ -20,6 +20,7 @@ from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorSource
 from ..storage.factors import StoredBasis, make_bases
 from ..storage.residual import ResidualLinear
+from ..storage.stored_matrix import StoredMatrix
 from .adapted import AdaptedLinear
 from .config import QSVFTConfig
 from .form import Form
@@ -42,7 +43,7 @@ def hold_bases(
     Returns:
         The form with the keys under which they are held, and the source that they are from, if any.
     """
-    if config.residual:
+    if config.residual_base:
         base = layer.original_base()
         assert isinstance(base, ResidualLinear)
         if sources.own is not None and sources.own.rank(layer.module_name, form.inward):
@@ -58,7 +59,8 @@ def hold_bases(
     for key, basis in new.items():
         names[key] = _place(held, key, basis, source is None or source is not sources.own)
     layer.qsvft_bases.update({name: held[name] for name in names.values()})
-    return replace(form, inward=names[form.inward], outward=names[form.outward]), source
+    error = None if form.error is None else names[form.error]
+    return replace(form, inward=names[form.inward], outward=names[form.outward], error=error), source
 
 
 def _computed(
@@ -81,6 +83,8 @@ def _computed(
         )
     sides: Sides = "both" if form.kind == "both" else "one"
     made = make_bases(weight, rank, sides, config.factor_bits, form.method)
+    if form.error is not None:  # on meta alone: of real ones there is a source
+        made["E"] = StoredBasis(StoredMatrix.hold(weight.new_empty(rank, weight.shape[0]), config.factor_bits))
     return {key: made[key.side] for key in missing}
 
 

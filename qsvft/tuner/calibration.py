@@ -8,6 +8,14 @@ random signs changes W x by as much as W x is on average:
 
     alpha² = Σ |W x|² / (k Σ |Vᵀ x|²)           |W|_F² / k² where x is as large in every direction
 
+With ``residual=True`` the adapter also gives back what the base's rounding took from those inputs, exactly for every x
+in the span of V and for most of any other:
+
+    E = (W - the weight as held) V              y = (W as held) x + E Vᵀ x + U M Vᵀ x
+
+which is the low-rank correction of quantisation errors in the directions of the activations (LQER, arXiv 2402.02446,
+and QERA, arXiv 2410.06040, choose it from the same second moments).
+
 In these directions the second moments of the gradient Σ g xᵀ are as far from even as they can be, so that its k x k
 corner holds the most; and AdamW, which divides by them, comes close to what Shampoo and SOAP do for whole weights
 (arXiv 2409.11321).
@@ -29,6 +37,8 @@ from ..maths.covariance import CovarianceSketch
 from ..storage.basis_key import BasisKey
 from ..storage.factors import StoredBasis
 from ..storage.stored_matrix import StoredMatrix
+from ..storage.weights import dense_weight, read_through
+from .adapted import AdaptedLinear
 from .config import QSVFTConfig
 from .progress import progress_shown
 from .sources import DataDirections
@@ -41,7 +51,13 @@ Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def calibrate(model: nn.Module, config: QSVFTConfig, batches: Iterable[Batch], loss: Loss | None = None) -> None:
+def calibrate(
+    model: nn.Module,
+    config: QSVFTConfig,
+    batches: Iterable[Batch],
+    loss: Loss | None = None,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+) -> None:
     """Find the directions of ``basis="data"`` for the adapters that are attached to a model from now on.
 
     A few batches of what is to be trained on are enough: some thousand tokens. Each takes a forward and a backward; M,
@@ -54,13 +70,21 @@ def calibrate(model: nn.Module, config: QSVFTConfig, batches: Iterable[Batch], l
         batches: keyword arguments of the model, labels among them, as a Trainer's data loader gives them. The first
             16 are taken.
         loss: of the model and a batch; None for ``model(**batch).loss``.
+        weights: for ``residual=True`` each layer's name with its weight (m, n) before it was quantised, one at a time;
+            names of other layers are passed over.
 
     Raises:
-        ValueError: another basis; no batch; a loss that is no finite number; a layer that no batch reached.
+        ValueError: another basis; no batch; a loss that is no finite number; a layer that no batch reached; a weight
+            that is missing, or of another shape.
     """
     if config.basis != "data":
         raise ValueError(
             f"calibrate(): the config has basis={config.basis!r}, which takes nothing from data; expected basis='data'."
+        )
+    if config.residual and weights is None:
+        raise ValueError(
+            "calibrate(): residual=True with basis='data' gives back what rounding took from the weights; expected "
+            "weights=, names with the weights before they were quantised, found none."
         )
     layers = {name: model.get_submodule(name) for name in check_targets(model, config)}
     watch = _Watch(layers, config)
@@ -70,11 +94,59 @@ def calibrate(model: nn.Module, config: QSVFTConfig, batches: Iterable[Batch], l
             watch.see(model, send_to_device(batch, next(model.parameters()).device), loss)
     holder: Any = model
     holder.qsvft_directions = watch.directions()
+    if config.residual and weights is not None:
+        holder.qsvft_directions.add(_errors(layers, holder.qsvft_directions, config, weights))
 
 
-def with_basis(fields: Mapping[str, Any], calibration: object) -> dict[str, Any]:
-    """Fields of a config that were given one by one: with data, its basis is "data" where they name none."""
-    return dict(fields) if calibration is None else {"basis": "data", **fields}
+def _errors(
+    layers: Mapping[str, nn.Module], found: DataDirections, config: QSVFTConfig, weights: Iterable[tuple[str, Tensor]]
+) -> dict[tuple[str, BasisKey], StoredBasis]:
+    """E of every layer, as k rows of R^m."""
+    bits, errors = config.factor_bits, {}
+    for name, W in weights:
+        if name not in layers:
+            continue
+        shape = shape_of(layers[name], name)
+        if tuple(W.shape) != shape:
+            raise ValueError(f"{name}: its weight before it was quantised has shape {tuple(W.shape)}, expected {shape}")
+        rank = rank_of(config, name, shape)
+        held = _dense(layers[name], shape[1])
+        V = found.basis(name, BasisKey.data("V", bits, rank), rank, shape[1], held.device)
+        assert V is not None
+        rows = V.dense(torch.float32) @ (W.to(held.device).float() - held.float()).t()
+        errors[name, BasisKey.data("E", bits, rank)] = StoredBasis(StoredMatrix.hold(rows.cpu(), bits))
+    missing = [name for name in layers if not any(owner == name for owner, _ in errors)]
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: residual=True wants its weight before it was quantised, found none among those given "
+            f"({len(missing)} of {len(layers)} such). Give them all, or residual=False."
+        )
+    return errors
+
+
+def _dense(layer: nn.Module, size: int) -> Tensor:
+    if isinstance(layer, AdaptedLinear):
+        return layer.original_weight()
+    weight = dense_weight(layer)
+    return read_through(layer, size) if weight is None else weight
+
+
+FACTOR_BITS = 8
+"""How directions from data are held where nothing else is said: in training int8 is bf16's equal."""
+
+
+def with_basis(fields: Mapping[str, Any], calibration: object, residual: bool) -> dict[str, Any]:
+    """Fields of a config that were given one by one. With data, its basis is "data" where they name none, and what
+    rounding took is given back (``residual``, where the weights before it are at hand)."""
+    if calibration is None or fields.get("basis", "data") != "data":
+        return dict(fields)
+    return {"basis": "data", "residual": residual, "factor_bits": FACTOR_BITS, **fields}
+
+
+def to_fit(fields: Mapping[str, Any], calibration: object, residual: bool) -> dict[str, Any]:
+    """The same where a card's size chooses how the factors are held."""
+    chosen = with_basis(fields, calibration, residual)
+    return {name: value for name, value in chosen.items() if name in fields or name != "factor_bits"}
 
 
 def check_calibration(config: QSVFTConfig, calibration: object) -> None:

@@ -86,8 +86,10 @@ class QSVFTConfig(PeftConfig):
             them, else exact) or "float32" (as auto in fp32; not reproducible, so that the adapter fits only the
             prepared model that it was trained on). None is "auto", and "exact" for an adapter saved before there was
             a choice.
-        residual: the base is NF4(W - U S Vᵀ) with U S Vᵀ added back, so that the factors make the base more
-            exact; ``sides="both"`` only, on a dense base.
+        residual: the factors make the base more exact; ``sides="both"`` and a base in 4 bits only. With singular
+            vectors the base is NF4(W - U S Vᵀ) with U S Vᵀ added back, made from a dense one. With directions from data
+            the base stays NF4(W), and the adapter gives back what its rounding took from V: y = NF4(W) x + E Vᵀ x +
+            U M Vᵀ x, E = (W - NF4(W)) V, (m, k), held as U and V are.
         include_factors: save U, V and their scales with the adapter (several gigabytes for a 7B model), so that
             loading it decomposes nothing and does not depend on how the factors come out elsewhere. PEFT reads the
             whole file to the GPU for a moment; torch_device="cpu" in ``from_pretrained`` avoids that.
@@ -180,7 +182,7 @@ class QSVFTConfig(PeftConfig):
         counted=True,
     )
     residual: bool = option(
-        False, SWITCH, "Quantise W - U S V^T and add U S V^T back; needs sides='both'.", "True or False", _is_bool,
+        False, SWITCH, "Give back what 4 bits lose along the directions; sides='both'.", "True or False", _is_bool,
         of_factors=True, counted=True,
     )  # fmt: skip
     include_factors: bool = option(False, SWITCH, "Save the factors with the adapter.", "True or False", _is_bool)
@@ -231,7 +233,13 @@ class QSVFTConfig(PeftConfig):
 
     def factor_options(self) -> dict[str, Any]:
         """The fields that weights and factors of a prepared directory depend on, as JSON has them."""
-        return _in_order({name: getattr(self, name) for name in FACTOR_FIELDS})
+        options = {name: getattr(self, name) for name in FACTOR_FIELDS}
+        return _in_order({**options, "residual": self.residual_base})
+
+    @property
+    def residual_base(self) -> bool:
+        """Whether ``residual`` is a matter of the base, and not of the adapter."""
+        return self.residual and self.basis != "data"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields. Sets are in order: the same config is saved with the same bytes by every process."""

@@ -18,6 +18,7 @@ class Form:
     Attributes:
         kind: the map.
         inward, outward: the keys of the bases.
+        error: the key of what the base's rounding took from the inward directions, where that is given back.
         method: how the singular vectors are computed.
     """
 
@@ -25,15 +26,16 @@ class Form:
     inward: BasisKey
     outward: BasisKey
     method: Decomposer
+    error: BasisKey | None = None
 
     @property
     def keys(self) -> tuple[BasisKey, ...]:
         """The keys, each once."""
-        return tuple(dict.fromkeys((self.inward, self.outward)))
+        return tuple(dict.fromkeys(key for key in (self.inward, self.outward, self.error) if key is not None))
 
     def sizes(self, shape: tuple[int, int]) -> dict[BasisKey, int]:
         """The length of a direction of each basis, for a weight of shape (outputs, inputs)."""
-        return {key: shape["UV".index(key.side)] for key in self.keys}
+        return {key: shape[1] if key.side == "V" else shape[0] for key in self.keys}
 
 
 def form_of(config: QSVFTConfig, shape: tuple[int, int], rank: int) -> Form:
@@ -52,7 +54,8 @@ def form_of(config: QSVFTConfig, shape: tuple[int, int], rank: int) -> Form:
         return BasisKey.singular(side, config.factor_bits, method, rank, original=config.residual)
 
     if config.sides == "both":
-        return Form("both", key("V"), key("U"), method)
+        error = key("E") if config.residual and config.basis == "data" else None
+        return Form("both", key("V"), key("U"), method, error)
     kind = small_side(shape)
     one = key("V" if kind == "input" else "U")
     return Form(kind, one, one, method)

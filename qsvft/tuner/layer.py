@@ -8,8 +8,8 @@
 
     sides="both" (the paper's)
 
-    x --+--> W ------------(+)--> y
-        |                   |
+    x --+--> W ------------(+)--> y             with residual=True in directions from data a further product,
+        |                   |                   E = (W - NF4(W)) V, takes Vᵀ to the sum
         +-> Vᵀ -> M -> U ---+
 
 W stays in ``base_layer``, in whatever way it is stored. U and V are frozen bases, held once for all
@@ -72,7 +72,7 @@ class QSVFTLinear(AdaptedLinear):
         shape = (self.out_features, self.in_features)
         rank = rank_of(config, self.module_name, shape)
         form = form_of(config, shape, rank)
-        if config.residual:
+        if config.residual_base:
             base, bits = self.original_base(), config.factor_bits
             own = sources.own_bases(self.module_name, form.sizes(shape), rank, bits, next(base.parameters()).device)
             made = residual_base(base, rank, config, self.module_name, sorted(self.settings), own)
@@ -145,7 +145,7 @@ class QSVFTLinear(AdaptedLinear):
 
     def _reads_residual(self, adapter: str) -> bool:
         """Whether an adapter acts on the coefficients that its residual base computes anyway."""
-        return self.settings[adapter].residual and isinstance(self.base_layer, ResidualLinear)
+        return self.settings[adapter].residual_base and isinstance(self.base_layer, ResidualLinear)
 
     def _residual_coefficients(self, adapters: list[str], h: Tensor) -> Tensor:
         z = [self.pattern(name).product(h, self.qsvft_M[name], self._scale_of(name)) for name in adapters]
@@ -174,7 +174,9 @@ class QSVFTLinear(AdaptedLinear):
         pattern, form = self.pattern(adapter), self.forms[adapter]
         scale = self._scale_of(adapter)
         if form.kind == "both":
-            return two_sided_update(base, a, self.basis(form.outward), self.basis(form.inward), M, pattern, scale)
+            U, V = self.basis(form.outward), self.basis(form.inward)
+            E = None if form.error is None else self.basis(form.error)
+            return two_sided_update(base, a, U, V, M, pattern, scale, E)
         assert isinstance(scale, Tensor)
         basis = self.basis(form.inward)
         if form.kind == "input":

@@ -32,6 +32,10 @@ class DataDirections:
     def __init__(self, bases: Mapping[tuple[str, BasisKey], StoredBasis], lengths: Mapping[str, float]) -> None:
         self._bases, self.lengths = dict(bases), dict(lengths)
 
+    def add(self, bases: Mapping[tuple[str, BasisKey], StoredBasis]) -> None:
+        """Hold some more."""
+        self._bases.update(bases)
+
     def basis(self, layer: str, key: BasisKey, rank: int, size: int, device: torch.device) -> StoredBasis | None:
         """``rank`` directions of R^size, None if it has not just that many."""
         found = self._bases.get((layer, key))

@@ -62,7 +62,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
             )
         check_weight(name, layer)
         rank_of(config, name, shapes[name])
-        if config.residual:
+        if config.residual_base:
             _check_dense(name, layer)
     _check_rank(config, shapes)
     return names

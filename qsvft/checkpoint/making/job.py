@@ -6,12 +6,13 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...storage.quantization import BITS
@@ -22,7 +23,7 @@ from ..source.checkpoint import Checkpoint, first_few, open_checkpoint
 from ..source.names import Names, empty_model, pieces_of
 from .directory import Directory, Record
 from .plan import Options, Unit, plan_digest, plan_units
-from .work import finish_unit
+from .work import finish_unit, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class Job:
             raise ValueError(f"give either config or single options, got both: {sorted(self.given)}")
         config = self.config if self.config is not None else config_for(self.model, dict(self.given))
         check_residual(config, self.bits)
-        config = replace(config, pattern="plain")  # which entries of M train is a matter of each adapter
+        # Which entries of M train, and what the directions give back to a base that stays as it is, is each adapter's.
+        config = replace(config, pattern="plain", residual=config.residual_base)
         dtype = str(self.model.dtype).removeprefix("torch.")
         return Options(self.bits, config, dtype, tuple(left_whole(config)))
 
@@ -84,6 +86,12 @@ class Job:
     def digest(self) -> str:
         """Of the plan."""
         return plan_digest(self.units, self.options)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The linear layers' names with their weights (m, n) as they are in the checkpoint, one unit at a time."""
+        for unit in self.units:
+            if unit.layer is not None:
+                yield unit.layer.name, weight_of(unit.layer.name, unit, self.checkpoint, self.model)
 
     def target(self, folder: Any) -> Directory:
         """The directory for it."""

@@ -56,6 +56,13 @@ def finish_unit(
     return {name: tensor.detach().cpu().contiguous() for name, tensor in written.items()}, source
 
 
+def weight_of(name: str, unit: Unit, checkpoint: Checkpoint, model: PreTrainedModel) -> Tensor:
+    """The weight (m, n) of a unit's linear layer, before it is quantised."""
+    weight = dense_weight(_layer(model, name, _read(unit, checkpoint, model)))
+    assert weight is not None
+    return weight
+
+
 def source_digest(unit: Unit, checkpoint: Checkpoint, model: PreTrainedModel) -> str:
     """SHA-256 of what is read for a unit."""
     return tensors_digest(_read(unit, checkpoint, model))
