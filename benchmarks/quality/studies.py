@@ -146,9 +146,6 @@ LEAN = (
     "one-sided d=8",
     "one-sided int8 d=8",
     "one-sided NF4 d=8",
-    "one-sided d=8, shared",
-    "one-sided NF4 d=8, shared",
-    "one-sided Hadamard d=8",
     "one-sided NF4, rank 96, d=8",
     "one-sided NF4, rank 96, d=32",
     "LoRA r=8",
@@ -163,9 +160,7 @@ FRONTIER = (
     "data, dense k=130",
     "two-sided d=8 (the paper's)",
     "full fine-tuning",
-    "one-sided d=8, shared",
     "tried: random, dense k=96",
-    "one-sided Hadamard d=8",
 )
 FORMS = (
     "data, dense k=192",
@@ -211,8 +206,6 @@ STUDIES: dict[str, list[Job]] = {
         for name in (
             "two-sided d=8 (the paper's)",
             "one-sided d=8",
-            "one-sided Hadamard d=8",
-            "one-sided d=8, shared",
             "tried: singular, plain",
         )
     ],
@@ -229,7 +222,7 @@ STUDIES: dict[str, list[Job]] = {
     ],
     "ideas": [
         Job("gsm8k", METHODS[f"tried: {name}, dense k=96"], batch_size=4)
-        for name in ("from the error", "one-sided input", "one-sided svd")
+        for name in ("from the error", "one-sided input")
     ],
     "corrected": [
         Job("gsm8k", METHODS["tried: corrected, dense k=96"], batch_size=4),
