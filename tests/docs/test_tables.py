@@ -50,7 +50,7 @@ def test_a_row_of_the_memory_tables_is_what_the_ledger_counts(method, model, gib
 
 
 def test_both_memory_tables_are_read():
-    assert len(MEMORY_ROWS) == 2 * (5 + 16)
+    assert len(MEMORY_ROWS) == 2 * (6 + 17)
 
 
 def test_the_claim_of_the_readme_stands_beside_its_settings():
