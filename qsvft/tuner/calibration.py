@@ -103,7 +103,8 @@ def _errors(
 ) -> dict[tuple[str, BasisKey], StoredBasis]:
     """E of every layer, as k rows of R^m."""
     bits, errors = config.factor_bits, {}
-    for name, W in weights:
+    shown = {"desc": "measuring what rounding took", "unit": "matrix", "leave": False, "disable": not progress_shown()}
+    for name, W in tqdm(weights, total=len(layers), **shown):
         if name not in layers:
             continue
         shape = shape_of(layers[name], name)
