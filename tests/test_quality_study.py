@@ -224,7 +224,7 @@ def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, d
     # FRoD rebuilds every weight in bf16, and some start elsewhere than at this base.
     elsewhere = ("tried: from the error, dense k=96", "tried: corrected, dense k=96", "LoRA r=16, LoftQ's")
     others = ("FRoD", "authors' SVFT d=8, gate", *elsewhere)
-    exact = [name for name in METHODS if name not in others]
+    exact = [name for name in METHODS if name not in others and "given back" not in name]
     first = {name: found[name]["losses"][0] for name in exact}
     assert first == {name: pytest.approx(first["LoRA r=8"], abs=0.05) for name in exact}
     costs = tmp_path / "costs.json"
