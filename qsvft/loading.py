@@ -110,10 +110,8 @@ def from_pretrained(
             options = options_to_fit(job.model, fit, job.bits, lean, fields, calibration, residual, progress)
             job, fit = replace(job, given=with_basis(without_switches(options)[1], calibration, residual)), None
         source = job
-        path_or_id, hub = (
-            prepared_in_cache(_without_directions(job), cache_dir, workers, chosen_device(device), progress),
-            {},
-        )
+        undecomposed = _without_directions(job)
+        path_or_id, hub = prepared_in_cache(undecomposed, cache_dir, workers, chosen_device(device), progress), {}
     model, record = _load(path_or_id, bits, dtype, device_map, hub)
     if fit is not None:
         options = fitting_options(model, fit, record["bits"], {**_fixed(record), **options}, progress)
@@ -125,7 +123,7 @@ def from_pretrained(
     if config is not None:
         check_calibration(config, calibration)
         _check_factors(path_or_id, model, config)
-        if config.residual and not config.residual_base and source is None:
+        if config.gives_back and source is None:
             raise ValueError(
                 f"{path_or_id}: residual=True with basis='data' needs the weights before they were quantised; found a "
                 "prepared directory, which has them in 4 bits. Give the original checkpoint, or residual=False."
@@ -141,7 +139,7 @@ def from_pretrained(
 
     seen = None
     if config is not None and calibration is not None:
-        seen = Calibration(config, calibration, source.weights() if source is not None and config.residual else None)
+        seen = Calibration(config, calibration, source.weights() if source is not None and config.gives_back else None)
     return attach_lean(model, attach, switches, progress, seen)
 
 

@@ -54,7 +54,8 @@ def prepare(
     Works in place, one matrix at a time: quantises the linear layers (all but the output head and
     embeddings), decomposes each target's weight as held, attaches M = 0, switches gradient
     checkpointing on (non-reentrant), lets frozen norms keep less for the backward and freezes the
-    rest. With M = 0 the result computes exactly what the quantised base computes.
+    rest. With M = 0 the result computes exactly what the quantised base computes; with ``calibration``, and with
+    ``residual``, something nearer to the dense model.
 
     Args:
         model: any transformers model or ``nn.Module`` in fp32, bf16 or fp16, or one that transformers
@@ -101,7 +102,7 @@ def prepare(
     check_residual(config, bits)
     vocabulary.check_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     align_tensors(model, odd_only=True)  # otherwise what the base computes could change in its last bits
-    weights = _dense_weights(model, targets) if config.residual and not config.residual_base else None
+    weights = _dense_weights(model, targets) if config.gives_back else None
     # A residual base is quantised where it is made, from the dense weight.
     quantize(model, bits, skip_modules=[*trained_whole, *(targets if config.residual_base else ())], progress=progress)
     if switches.quantize_embeddings != 16:

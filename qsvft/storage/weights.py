@@ -118,6 +118,12 @@ def dense_weight(layer: nn.Module) -> Tensor | None:
     return None
 
 
+def weight_as_held(layer: nn.Module, in_features: int) -> Tensor:
+    """The weight (m, n) of any layer, dense: as it is stored, or where that is not known here as it computes."""
+    weight = dense_weight(layer)
+    return read_through(layer, in_features) if weight is None else weight
+
+
 def read_through(layer: nn.Module, in_features: int) -> Tensor:
     """The weight (m, n) of a layer of unknown storage (GPTQ, AWQ, ...): its response to unit vectors."""
     held = [*layer.parameters(), *layer.buffers()]

@@ -17,7 +17,7 @@ from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorSource
 from ..storage.factors import StoredBasis
 from ..storage.nf4_product import slice_products
-from ..storage.weights import dense_weight, read_through
+from ..storage.weights import weight_as_held
 from .config import QSVFTConfig
 from .form import Form
 
@@ -95,6 +95,4 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def original_weight(self) -> Tensor:
         """The base weight (m, n) as held, dense and without merged adapters."""
-        base = self.original_base()
-        weight = dense_weight(base)
-        return weight if weight is not None else read_through(base, self.in_features)
+        return weight_as_held(self.original_base(), self.in_features)

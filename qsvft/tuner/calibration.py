@@ -8,13 +8,7 @@ random signs changes W x by as much as W x is on average:
 
     alpha² = Σ |W x|² / (k Σ |Vᵀ x|²)           |W|_F² / k² where x is as large in every direction
 
-With ``residual=True`` the adapter also gives back what the base's rounding took from those inputs, exactly for every x
-in the span of V and for most of any other:
-
-    E = (W - the weight as held) V              y = (W as held) x + E Vᵀ x + U M Vᵀ x
-
-which is the low-rank correction of quantisation errors in the directions of the activations (LQER, arXiv 2402.02446,
-and QERA, arXiv 2410.06040, choose it from the same second moments).
+With ``residual=True`` also what the base's rounding took from V, see :mod:`qsvft.tuner.given_back`.
 
 In these directions the second moments of the gradient Σ g xᵀ are as far from even as they can be, so that its k x k
 corner holds the most; and AdamW, which divides by them, comes close to what Shampoo and SOAP do for whole weights
@@ -37,9 +31,8 @@ from ..maths.covariance import CovarianceSketch
 from ..storage.basis_key import BasisKey
 from ..storage.factors import StoredBasis
 from ..storage.stored_matrix import StoredMatrix
-from ..storage.weights import dense_weight, read_through
-from .adapted import AdaptedLinear
 from .config import QSVFTConfig
+from .given_back import what_rounding_took
 from .progress import progress_shown
 from .sources import DataDirections
 from .targets import check_targets, rank_of, shape_of
@@ -81,7 +74,7 @@ def calibrate(
         raise ValueError(
             f"calibrate(): the config has basis={config.basis!r}, which takes nothing from data; expected basis='data'."
         )
-    if config.residual and weights is None:
+    if config.gives_back and weights is None:
         raise ValueError(
             "calibrate(): residual=True with basis='data' gives back what rounding took from the weights; expected "
             "weights=, names with the weights before they were quantised, found none."
@@ -94,46 +87,12 @@ def calibrate(
             watch.see(model, send_to_device(batch, next(model.parameters()).device), loss)
     holder: Any = model
     holder.qsvft_directions = watch.directions()
-    if config.residual and weights is not None:
-        holder.qsvft_directions.add(_errors(layers, holder.qsvft_directions, config, weights))
-
-
-def _errors(
-    layers: Mapping[str, nn.Module], found: DataDirections, config: QSVFTConfig, weights: Iterable[tuple[str, Tensor]]
-) -> dict[tuple[str, BasisKey], StoredBasis]:
-    """E of every layer, as k rows of R^m."""
-    bits, errors = config.factor_bits, {}
-    shown = {"desc": "measuring what rounding took", "unit": "matrix", "leave": False, "disable": not progress_shown()}
-    for name, W in tqdm(weights, total=len(layers), **shown):
-        if name not in layers:
-            continue
-        shape = shape_of(layers[name], name)
-        if tuple(W.shape) != shape:
-            raise ValueError(f"{name}: its weight before it was quantised has shape {tuple(W.shape)}, expected {shape}")
-        rank = rank_of(config, name, shape)
-        held = _dense(layers[name], shape[1])
-        V = found.basis(name, BasisKey.data("V", bits, rank), rank, shape[1], held.device)
-        assert V is not None
-        rows = V.dense(torch.float32) @ (W.to(held.device).float() - held.float()).t()
-        errors[name, BasisKey.data("E", bits, rank)] = StoredBasis(StoredMatrix.hold(rows.cpu(), bits))
-    missing = [name for name in layers if not any(owner == name for owner, _ in errors)]
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: residual=True wants its weight before it was quantised, found none among those given "
-            f"({len(missing)} of {len(layers)} such). Give them all, or residual=False."
-        )
-    return errors
-
-
-def _dense(layer: nn.Module, size: int) -> Tensor:
-    if isinstance(layer, AdaptedLinear):
-        return layer.original_weight()
-    weight = dense_weight(layer)
-    return read_through(layer, size) if weight is None else weight
+    if weights is not None and config.gives_back:
+        holder.qsvft_directions.add(what_rounding_took(layers, holder.qsvft_directions, config, weights))
 
 
 FACTOR_BITS = 8
-"""How directions from data are held where nothing else is said: in training int8 is bf16's equal."""
+"""How directions from data are held where nothing else is said: with singular vectors int8 trained as bf16 did."""
 
 
 def with_basis(fields: Mapping[str, Any], calibration: object, residual: bool) -> dict[str, Any]:

@@ -238,8 +238,13 @@ class QSVFTConfig(PeftConfig):
 
     @property
     def residual_base(self) -> bool:
-        """Whether ``residual`` is a matter of the base, and not of the adapter."""
+        """Whether ``residual`` is a matter of the base: NF4 of what the singular directions leave."""
         return self.residual and self.basis != "data"
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether ``residual`` is a matter of the adapter, which gives back what rounding took."""
+        return self.residual and self.basis == "data"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields. Sets are in order: the same config is saved with the same bytes by every process."""

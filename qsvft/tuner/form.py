@@ -54,7 +54,7 @@ def form_of(config: QSVFTConfig, shape: tuple[int, int], rank: int) -> Form:
         return BasisKey.singular(side, config.factor_bits, method, rank, original=config.residual)
 
     if config.sides == "both":
-        error = key("E") if config.residual and config.basis == "data" else None
+        error = key("E") if config.gives_back else None
         return Form("both", key("V"), key("U"), method, error)
     kind = small_side(shape)
     one = key("V" if kind == "input" else "U")

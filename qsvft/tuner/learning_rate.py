@@ -32,7 +32,7 @@ def suggest_learning_rate(model_or_config: nn.Module | QSVFTConfig, adapter_name
             "suggest_learning_rate(): found unit='one', in which the best rate depends on pattern, rank and model; "
             "expected unit='weight'. The paper takes 5e-2 for plain and 1e-3 to 5e-3 for banded."
         )
-    return RATE_GIVEN_BACK if config.residual and not config.residual_base else RATE
+    return RATE_GIVEN_BACK if config.gives_back else RATE
 
 
 def _of_model(model: nn.Module, adapter_name: str | None) -> QSVFTConfig:
