@@ -4,6 +4,7 @@ dense   rounded to NF4, held in bf16: the numbers of the 4-bit base, whose produ
 nf4     rounded to NF4, held in 4 bits
 frame   rounded to NF4 in the frame of a basis, as a base that held P = W V in place of W would be
 residual  as ``residual=True`` holds it at rank 96: NF4 of what U S Vᵀ leaves, and U S Vᵀ
+residual, int8  the same at rank 128, U and V in int8
 bf16    as they are
 """
 
@@ -24,7 +25,9 @@ from qsvft.storage.quantization import dequantize
 from qsvft.storage.residual import residual_linear
 
 DENSE, NF4, FRAME, RESIDUAL, BF16 = "dense", "nf4", "frame", "residual", "bf16"
-RESIDUAL_RANK = 96
+RESIDUAL_INT8 = "residual, int8"
+RESIDUALS = {RESIDUAL: (96, 16), RESIDUAL_INT8: (128, 8)}
+"""Rank and bits of the factors."""
 
 
 HEAD = "classifier"
@@ -83,8 +86,8 @@ class Base:
         if held not in self._made:
             if held == DENSE:
                 self._made[held] = dict(dequantize(self._quantized(self._load())).named_parameters())
-            elif held == RESIDUAL:
-                self._made[held] = _with_residual(self._load())
+            elif held in RESIDUALS:
+                self._made[held] = _with_residual(self._load(), *RESIDUALS[held])
             elif held == FRAME:
                 self._made[held] = rounded_in_frame(self._load())
             else:
@@ -96,7 +99,7 @@ class Base:
         return {}
 
 
-def _with_residual(model: Any) -> dict[str, Tensor]:
+def _with_residual(model: Any, rank: int, bits: int) -> dict[str, Tensor]:
     head = model.get_output_embeddings()
     layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
-    return {f"{name}.weight": residual_linear(one, RESIDUAL_RANK, 16).dense_weight() for name, one in layers.items()}
+    return {f"{name}.weight": residual_linear(one, rank, bits).dense_weight() for name, one in layers.items()}

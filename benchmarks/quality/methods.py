@@ -212,7 +212,15 @@ METHODS = {
             dense(f"data {held}, given back", rank, "data", 2e-3, factor_bits=bits, residual=True)
             for held, bits, rank in (("int8", 8, 128), ("int8", 8, 56), ("bf16", 16, 128), ("NF4", 4, 128))
         ),
+        *(
+            dense("data int8, given back", rank, "data", 2e-3, factor_bits=8, residual=True) for rank in (32, 64, 192)
+        ),
         *(dense("singular", rank, "singular", 4e-3) for rank in (64, 96, 128)),
+        dense("singular int8", 128, "singular", 4e-3, factor_bits=8),
+        ours("one-sided, plain", 8e-3, pattern="plain"),
+        ours("two-sided, plain", 8e-3, sides="both", pattern="plain"),
+        *(ours(f"two-sided d={d}", 4e-3, sides="both", off_diagonals=d) for d in (2, 32)),
+        *(ours(f"two-sided {name}, as many as d=8", 4e-3, sides="both", pattern=name) for name in ("random", "top_k")),
         *(dense(f"data {held}", 128, "data", 2e-3, factor_bits=bits) for held, bits in (("int8", 8), ("NF4", 4))),
         form("tried: gradient, dense k=96", "gradient", "gradient", 96),
         form("tried: gradient, dense, as LoRA r=8", "gradient", "gradient", 0, as_lora=8),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from base import BF16, DENSE, FRAME, NF4, RESIDUAL, Base
+from base import BF16, DENSE, FRAME, NF4, RESIDUAL, RESIDUAL_INT8, Base
 from language import LanguageTask, own_texts
 from methods import METHODS, Method, Task
 from questions import SHIFT, read_examples, shift_examples
@@ -187,6 +187,34 @@ FORMS = (
     "BOFT b=4",
     "FRoD",
 )
+FACTORS = (
+    "data int8, given back, dense k=128",
+    "data int8, given back, dense k=64",
+    "data NF4, given back, dense k=128",
+    "data bf16, given back, dense k=128",
+    "two-sided, plain",
+    "two-sided d=2",
+    "two-sided d=8 (the paper's)",
+    "two-sided random, as many as d=8",
+    "two-sided top_k, as many as d=8",
+    "tried: singular, entries by gradient",
+    "one-sided d=8",
+    "one-sided, plain",
+    "DoRA r=8",
+    "data int8, given back, dense k=32",
+    "data int8, given back, dense k=192",
+    "authors' SVFT d=8",
+    "authors' SVFT d=8, gate",
+    "two-sided d=32",
+    "LoRA r=2",
+    "rsLoRA r=8",
+    "PSOFT r=96, free",
+    "LoRA-XS (TinyLoRA) r=96",
+    "VeRA r=256",
+    "BOFT b=4",
+    "FRoD",
+)
+"""One factor at a time, the most telling first."""
 ON_CHOICES = ("data, dense k=96", "LoRA r=8", "singular, dense k=96", "one-sided d=8", "LoRA r=16")
 CHOICES = ("arc-easy", "openbookqa", "boolq", "arc-challenge")
 DEFAULT = "data int8, given back, dense k=128"
@@ -214,11 +242,16 @@ STUDIES: dict[str, list[Job]] = {
         Job("gsm8k", METHODS[DEFAULT], **LONG),
         *(Job(task, METHODS[name], **LONG) for task in ("arc-easy", "openbookqa") for name in (DEFAULT, "LoRA r=16")),
         Job("gsm8k", METHODS["data int8, given back, dense k=56"], **LONG),
-        *(
-            Job(task, METHODS[name], **LONG)
-            for task in ("arc-easy", "openbookqa")
-            for name in ("full fine-tuning", "LoRA r=8")
-        ),
+    ],
+    "uncalibrated": [
+        Job("gsm8k", METHODS["singular int8, dense k=128"], batch_size=4, seeds=(0, 1, 2), held=RESIDUAL_INT8),
+        Job("gsm8k", METHODS["singular, dense k=128"], batch_size=4, seeds=(0, 1, 2)),
+    ],
+    "factors": [Job("gsm8k", METHODS[name], batch_size=4) for name in FACTORS],
+    "choices": [
+        Job(task, METHODS[name], **LONG)
+        for task in ("arc-easy", "openbookqa")
+        for name in ("full fine-tuning", "LoRA r=8")
     ],
     "ideas": [
         Job("gsm8k", METHODS[f"tried: {name}, dense k=96"], batch_size=4)
