@@ -212,9 +212,7 @@ METHODS = {
             dense(f"data {held}, given back", rank, "data", 2e-3, factor_bits=bits, residual=True)
             for held, bits, rank in (("int8", 8, 128), ("int8", 8, 56), ("bf16", 16, 128), ("NF4", 4, 128))
         ),
-        *(
-            dense("data int8, given back", rank, "data", 2e-3, factor_bits=8, residual=True) for rank in (32, 64, 192)
-        ),
+        *(dense("data int8, given back", rank, "data", 2e-3, factor_bits=8, residual=True) for rank in (32, 64, 192)),
         *(dense("singular", rank, "singular", 4e-3) for rank in (64, 96, 128)),
         dense("singular int8", 128, "singular", 4e-3, factor_bits=8),
         ours("one-sided, plain", 8e-3, pattern="plain"),
