@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 EVALUATED_AT_ONCE = 32
-OWN_TEXTS, OWN_LENGTH, OWN_SEED = 24, 160, 0
+OWN_TEXTS, OWN_LENGTH, OWN_SEED, OWN_AT_ONCE = 24, 160, 0, 8
 _NUMBER = re.compile(r"####\s*(-?[\d,.]+)")
 
 
@@ -55,6 +55,10 @@ class LanguageTask:
         """One epoch over as many examples as the steps take: the same for every method."""
         pad = self.base.tokenizer.pad_token_id
         return [collate(rows, pad) for rows in shuffled(self.training, steps, size, seed)]
+
+    def own_batches(self) -> list[Batch]:
+        """What the model wrote itself, to be predicted whole."""
+        return [{"input_ids": ids, "labels": ids} for ids in self.own_texts.split(OWN_AT_ONCE)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss, in nats, of the answers' tokens."""

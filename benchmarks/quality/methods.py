@@ -31,6 +31,7 @@ class Task(Protocol):
     def batches(self, seed: int, steps: int, size: int) -> list[dict[str, Tensor]]: ...
     def rates(self, trained: Sequence[tuple[str, nn.Parameter]], rate: float) -> list[float]: ...
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor: ...
+    def own_batches(self) -> list[dict[str, Tensor]]: ...
     def evaluate(self, model: nn.Module) -> dict[str, float]: ...
 
 
@@ -76,15 +77,21 @@ class Method:
         return self.build(base, self.options, setting)
 
 
+SEEN = "calibrated_on"
+"""Directions from data may come from texts that the model wrote itself, in place of the first batches."""
+
+
 def _ours(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
     # A base in 4 bits stays what it is; bits=16 leaves a dense one as it is.
     bits = 4 if setting.held == NF4 else 16
     if options["basis"] == "data":
-        config, loss = qsvft.QSVFTConfig(**options), setting.task.loss
+        fields = {name: value for name, value in options.items() if name != SEEN}
+        config, loss = qsvft.QSVFTConfig(**fields), setting.task.loss
+        batches = setting.task.own_batches() if SEEN in options else setting.calibration
         weights = setting.task.load(BF16, setting.seed).named_parameters() if config.residual else ()
         named = ((name.removesuffix(".weight"), weight) for name, weight in weights)
-        qsvft.calibrate(base, config, setting.calibration, loss, named if config.residual else None)
-        return get_peft_model(base, qsvft.QSVFTConfig(**options))
+        qsvft.calibrate(base, config, batches, loss, named if config.residual else None)
+        return get_peft_model(base, qsvft.QSVFTConfig(**fields))
     return qsvft.prepare(base, bits=bits, gradient_checkpointing=False, progress=False, **options)
 
 
@@ -213,6 +220,9 @@ METHODS = {
             for held, bits, rank in (("int8", 8, 128), ("int8", 8, 56), ("bf16", 16, 128), ("NF4", 4, 128))
         ),
         *(dense("data int8, given back", rank, "data", 2e-3, factor_bits=8, residual=True) for rank in (32, 64, 192)),
+        dense(
+            "data int8, from own texts, given back", 128, "data", 2e-3, factor_bits=8, residual=True, **{SEEN: "own"}
+        ),
         *(dense("singular", rank, "singular", 4e-3) for rank in (64, 96, 128)),
         dense("singular int8", 128, "singular", 4e-3, factor_bits=8),
         ours("one-sided, plain", 8e-3, pattern="plain"),

@@ -245,6 +245,8 @@ STUDIES: dict[str, list[Job]] = {
     ],
     "uncalibrated": [
         Job("gsm8k", METHODS["singular int8, dense k=128"], batch_size=4, seeds=(0, 1, 2), held=RESIDUAL_INT8),
+        Job("gsm8k", METHODS["data int8, from own texts, given back, dense k=128"], batch_size=4),
+        Job("gsm8k", METHODS["data int8, given back, dense k=128"], batch_size=4, seeds=(0, 1, 2)),
         Job("gsm8k", METHODS["singular, dense k=128"], batch_size=4, seeds=(0, 1, 2)),
     ],
     "factors": [Job("gsm8k", METHODS[name], batch_size=4) for name in FACTORS],
