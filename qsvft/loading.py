@@ -29,7 +29,7 @@ from .storage.factor_files import FactorFiles
 from .tuner.calibration import check_calibration, with_basis
 from .tuner.config import QSVFTConfig
 from .tuner.targets import check_targets
-from .tuner.tasks import config_for, left_whole
+from .tuner.tasks import config_for, left_whole, whole
 from .use_factors import use_factors
 
 
@@ -181,10 +181,10 @@ def _load(
 
 def _hold_vocabulary(model: PreTrainedModel, bits: int, config: QSVFTConfig | None) -> None:
     """Hold embeddings and head in fewer bits, but for what trains whole."""
-    whole = [*(config.modules_to_save or ()), *left_whole(config)] if config is not None else []
-    check_embeddings(model, bits, skip_modules=whole)
+    trained_whole = whole(config) if config is not None else []
+    check_embeddings(model, bits, skip_modules=trained_whole)
     if bits != 16:
-        quantize_embeddings(model, bits, skip_modules=whole)
+        quantize_embeddings(model, bits, skip_modules=trained_whole)
 
 
 def _of_adapter(adapter: str | os.PathLike[str]) -> tuple[QSVFTConfig, int]:

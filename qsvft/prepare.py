@@ -22,11 +22,11 @@ from .memory.fit.recommend import Recommendation
 from .storage.alignment import align_tensors
 from .storage.quantization import held_bits, quantize
 from .storage.weights import dense_weight
-from .tuner.calibration import calibrate, check_calibration, to_fit, with_basis
+from .tuner.calibration import calibrate, check_calibration, with_basis
 from .tuner.config import QSVFTConfig
 from .tuner.progress import progress_bars
 from .tuner.targets import check_targets
-from .tuner.tasks import check_residual, config_for, left_whole
+from .tuner.tasks import check_residual, config_for, left_whole, whole
 
 
 class Calibration(NamedTuple):
@@ -97,14 +97,14 @@ def prepare(
     if config is None:
         config = config_for(model, with_basis(fields, calibration, _has_weights(model, bits)))
     check_calibration(config, calibration)
-    trained_whole = [*(config.modules_to_save or []), *left_whole(config)]
+    trained_whole = whole(config)
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
     check_residual(config, bits)
     vocabulary.check_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     align_tensors(model, odd_only=True)  # otherwise what the base computes could change in its last bits
     weights = _dense_weights(model, targets) if config.gives_back else None
     # A residual base is quantised where it is made, from the dense weight.
-    quantize(model, bits, skip_modules=[*trained_whole, *(targets if config.residual_base else ())], progress=progress)
+    quantize(model, bits, trained_whole, progress, skip_layers=targets if config.residual_base else ())
     if switches.quantize_embeddings != 16:
         vocabulary.quantize_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     record = config.factor_options()  # as they were given: PEFT puts names in place of "all-linear"
@@ -160,7 +160,7 @@ def options_to_fit(
     """The options that fit a card; a recommendation stays what was counted, which directions from data alone do not
     change."""
     if not isinstance(fit, Recommendation):
-        fields = to_fit(fields, calibration, residual)
+        fields = with_basis(fields, calibration, residual)
     options = fitting_options(model, fit, bits, {**lean, **fields}, progress)
     return options if calibration is None else {"residual": False, **options}
 

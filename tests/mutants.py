@@ -229,7 +229,7 @@ MUTANTS = (
     Mutant(
         "calibration given, and the basis stays singular",
         "tuner/calibration.py",
-        'return {"basis": "data", "residual": residual, "factor_bits": FACTOR_BITS, **fields}',
+        'return {"basis": "data", "residual": residual, **fields}',
         "return dict(fields)",
         ("tuner/test_calibration.py",),
     ),
@@ -570,9 +570,30 @@ MUTANTS = (
         ("tuner/test_given_back.py",),
     ),
     Mutant(
+        "the factors of a dense M in bf16",
+        "tuner/config.py",
+        "LEAN_BITS if lean else PAPER_BITS",
+        "PAPER_BITS",
+        ("tuner/test_forms.py",),
+    ),
+    Mutant(
+        "the factors of the paper's patterns in int8",
+        "tuner/config.py",
+        'lean = self.base is None and (self.pattern == "dense" or self.basis == "data")',
+        "lean = self.base is None",
+        ("tuner/test_forms.py",),
+    ),
+    Mutant(
+        "what the residual base leaves alone is not quantised",
+        "storage/quantization.py",
+        "left_alone = left_alone or name in skip_layers",
+        "left_alone = left_alone or _under(name, [*skip_layers])",
+        ("test_prepare.py",),
+    ),
+    Mutant(
         "a card is fitted without what is given back",
         "prepare.py",
-        "fields = to_fit(fields, calibration, residual)",
+        "fields = with_basis(fields, calibration, residual)",
         "pass",
         ("tuner/test_given_back.py",),
     ),
@@ -761,8 +782,8 @@ MUTANTS = (
     Mutant(
         "a step down that contradicts a fixed option",
         "memory/fit/ladder.py",
-        "if step.option in rung.fixed or (",
-        "if step.option in rung.fixed[1:] or (",
+        "if step.option in rung.fixed or not",
+        "if step.option in rung.fixed[1:] or not",
         ("memory/fit/test_recommend.py",),
     ),
     Mutant(

@@ -46,7 +46,7 @@ print(json.dumps({
     "prepare": inspect.signature(qsvft.prepare).parameters["made_up"].default,
     "from_pretrained": inspect.signature(qsvft.from_pretrained).parameters["made_up"].default,
     "command": CliRunner().invoke(app, ["prepare", "--help"], terminal_width=300).output,
-    "method": parse_method("qsvft:made_up=4").adapter,
+    "method": parse_method("qsvft:made_up=4").options,
     "fixable": "made_up" in FIXABLE,
     "recommended": found.method,
     "prepared for": "made_up" in FACTOR_FIELDS,

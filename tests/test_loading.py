@@ -84,6 +84,7 @@ ONE_SIDED = [
 ]
 TWO_SIDED = [
     {},
+    {"factor_bits": 16},
     {"factor_bits": 8, "rank": 16},
     {"residual": True, "rank": 24, "factor_bits": 4},
 ]
@@ -95,7 +96,8 @@ FORMS = [*ONE_SIDED, *TWO_SIDED]
 @pytest.mark.parametrize("of_M", [{}, BANDED], ids=str)
 def test_a_prepared_directory_gives_the_model_that_prepare_gives(llama, tmp_path, options, of_M):
     model = loaded(prepared(llama, tmp_path / "prepared", **options), **of_M)
-    expected = qsvft.prepare(load(llama, torch.float32), progress=False, **options, **of_M)
+    held = {"factor_bits": 8, **options}  # a directory for a dense M serves a band as it is
+    expected = qsvft.prepare(load(llama, torch.float32), progress=False, **held, **of_M)
     assert torch.equal(logits(randomize(model)), logits(randomize(expected)))
     assert same_tensors(state(model), state(expected))
 
@@ -215,7 +217,7 @@ def test_a_directory_of_both_factors_serves_the_one_sided_form(llama, folder, no
     ("where", "options", "message"),
     [
         ("one_sided_folder", {"factor_bits": 4}, "q_proj: the options need 64 directions under 'V_nf4', found none"),
-        ("one_sided_folder", {"sides": "both"}, "q_proj: the options need 64 directions under 'U_bf16', found none"),
+        ("one_sided_folder", {"sides": "both"}, "q_proj: the options need 64 directions under 'U_int8', found none"),
         ("folder", {"factor_bits": 4}, "q_proj: the options need 64 directions under 'V_nf4', found none"),
     ],
 )
@@ -382,9 +384,9 @@ def rewrite(folder, change):
 
 
 def test_damaged_factors_are_refused_by_name(changeable):
-    name = "qsvft.model/layers/1/self_attn/o_proj.V_bf16.values"
+    name = "qsvft.model/layers/1/self_attn/o_proj.V_int8.codes"
     rewrite(changeable, lambda t: {**t, name: t[name][:, :-1].contiguous()} if name in t else None)
-    with pytest.raises(ValueError, match=r"o_proj\.V_bf16\.values is torch\.bfloat16 of shape \(64, 63\), expected"):
+    with pytest.raises(ValueError, match=r"o_proj\.V_int8\.codes is torch\.int8 of shape \(64, 63\), expected"):
         loaded(changeable)
 
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import qsvft
 from qsvft import QSVFTConfig
+from qsvft.storage.residual import ResidualLinear
 from qsvft.tuner import QSVFTLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,6 +111,13 @@ def test_a_plain_module_is_prepared_and_trained(form):
     assert torch.equal(model(x), expected)
     model(x).square().sum().backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_residual_base_of_one_layer_leaves_every_other_one_to_be_quantised():
+    network = nn.Sequential(nn.Linear(32, 64), nn.Sequential(nn.Linear(64, 64), nn.GELU()))
+    model = qsvft.prepare(network, bits=4, residual=True, target_modules="0", rank=8).get_base_model()
+    assert type(model[0].base_layer) is ResidualLinear
+    assert type(model[1][0]) is bnb.nn.Linear4bit  # whose name ends as that of the other
 
 
 @EACH_FORM

@@ -110,7 +110,7 @@ def test_the_trainers_own_checkpointing_changes_no_bit_of_M(llama, tmp_path, uni
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
-@pytest.mark.parametrize(("form", "held"), [(ONE_SIDED, 14), ({}, 28)], ids=FORMS)
+@pytest.mark.parametrize(("form", "held"), [(ONE_SIDED, 14), ({"factor_bits": 16}, 28)], ids=FORMS)
 def test_after_training_nothing_but_M_is_held_in_fp32(llama, tmp_path, options, form, held):
     model = trained(llama, tmp_path, form, **options)
     fp32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}

@@ -37,7 +37,7 @@ MORE_METHODS = (
     "qsvft:sides=both,pattern=banded,rank=256,residual=true,factor_bits=8",
 )
 # What calibration gives where nothing else is said.
-CALIBRATED = "qsvft:basis=data,residual=true,factor_bits=8"
+CALIBRATED = "qsvft:basis=data,residual=true"
 # The lean forms at full length, which the README's numbers are made of.
 LEAN_METHODS = (
     CALIBRATED,
@@ -45,9 +45,9 @@ LEAN_METHODS = (
     "floor:chunked_loss=true",
     "qlora:chunked_loss=true",
     "qlora-kbit",
-    "qsvft:factor_bits=8",
+    "qsvft:factor_bits=16",
     "qsvft:factor_bits=4",
-    "qsvft:factor_bits=8,quantize_embeddings=8",
+    "qsvft:quantize_embeddings=8",
     "qsvft:factor_bits=4,quantize_embeddings=8,offload_checkpoints=true",
     f"{BANDED},factor_bits=4,rank=256",
     f"{BANDED},factor_bits=4,rank=1024",
@@ -56,7 +56,7 @@ LEAN_METHODS = (
     f"{BANDED},factor_bits=4,quantize_embeddings=8",
     f"{BANDED},factor_bits=4,quantize_embeddings=8,offload_checkpoints=true",
 )
-WITHOUT_CHECKPOINTING = ("qsvft:factor_bits=8", f"{BANDED},factor_bits=4", f"{BANDED},factor_bits=4,rank=1024")
+WITHOUT_CHECKPOINTING = (f"{BANDED},factor_bits=4", f"{BANDED},factor_bits=4,rank=1024")
 MODELS = ("llama-2-7b", "llama-3-8b")
 MIB = 2**20
 

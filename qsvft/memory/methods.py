@@ -47,6 +47,7 @@ from ..lean.vocabulary import quantize_embeddings
 from ..storage.quantization import quantize
 from ..storage.shapes_only import shapes_only
 from ..tuner.config import OPTIONS, QSVFTConfig
+from ..tuner.targets import check_targets
 from .factored import factor_linears
 from .shapes import nf4_on_meta
 
@@ -84,10 +85,10 @@ class Method:
         """Whether the loss goes through the logits in chunks."""
         return bool(self.options.get("chunked_loss", self.name == "qsvft"))
 
-    @property
-    def adapter(self) -> dict[str, Any]:
-        """The options that belong to qsvft's config."""
-        return {key: value for key, value in self.options.items() if key in OPTIONS}
+    def config(self) -> QSVFTConfig:
+        """qsvft's."""
+        fields = {key: value for key, value in self.options.items() if key in OPTIONS}
+        return QSVFTConfig(task_type="CAUSAL_LM", **fields)
 
 
 def parse_method(text: str) -> Method:
@@ -131,9 +132,12 @@ def _value(text: str, name: str, key: str, value: str) -> Any:
 def build(method: Method, model: PreTrainedModel) -> nn.Module:
     """Turn a frozen bf16 model (on meta or real) into one that the method trains, in place."""
     meta = next(model.parameters()).is_meta
-    residual_base = method.options.get("residual") and method.options.get("basis") != "data"
-    if method.bits == 4 and not residual_base:  # which quantises itself
-        model = nf4_on_meta(model) if meta else _quantized(model)
+    if method.bits == 4:
+        # A residual base quantises itself.
+        residual = method.name == "qsvft" and method.config().residual_base
+        with shapes_only():
+            left = check_targets(model, method.config()) if residual else ()
+        model = nf4_on_meta(model, left) if meta else quantize(model, 4, progress=False, skip_layers=left)
     with shapes_only():
         built = _BUILDERS[method.name](method, model)
     if method.chunked_loss:
@@ -141,11 +145,6 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
     if method.options.get("offload"):
         offload_checkpoints(model)
     return built.to("meta") if meta else built
-
-
-def _quantized(model: PreTrainedModel) -> PreTrainedModel:
-    quantize(model, 4, progress=False)
-    return model
 
 
 def _floor(method: Method, model: PreTrainedModel) -> nn.Module:
@@ -207,7 +206,7 @@ def _qsvft(method: Method, model: PreTrainedModel) -> nn.Module:
     bits = method.options.get("quantize_embeddings", 16)
     if bits != 16:
         quantize_embeddings(model, bits)
-    return get_peft_model(lean_norms(model), QSVFTConfig(task_type="CAUSAL_LM", **method.adapter))
+    return get_peft_model(lean_norms(model), method.config())
 
 
 _BUILDERS: dict[str, Callable[[Method, PreTrainedModel], nn.Module]] = {

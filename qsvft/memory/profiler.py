@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PretrainedConfig
 
-from ..tuner.config import QSVFTConfig
 from ..version import __version__
 from .cards import CARDS_GIB, GIB, check_cards, needed_bytes
 from .methods import DEFAULT_METHODS, Method, parse_method
@@ -187,7 +186,7 @@ def _check_options(method: Method) -> None:
     if method.bits not in (4, 16):
         raise ValueError(f"method {method.label!r}: the profiler counts bases of 4 or 16 bits, got bits={method.bits}")
     try:
-        QSVFTConfig(**method.adapter)
+        method.config()
     except (TypeError, ValueError) as error:
         raise ValueError(f"method {method.label!r}: {one_line(error, name=False)}") from error
 

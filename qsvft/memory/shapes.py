@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ def model_without_values(config: PretrainedConfig, dtype: torch.dtype = torch.bf
     return model.requires_grad_(False)
 
 
-def nf4_on_meta(model: PreTrainedModel) -> PreTrainedModel:
+def nf4_on_meta(model: PreTrainedModel, skip_layers: Collection[str] = ()) -> PreTrainedModel:
     """Give the linears the shapes that ``qsvft.quantize(model, bits=4)`` gives them."""
-    targets, skipped = partition_linears(model, [])
+    targets, skipped = partition_linears(model, [], skip_layers)
     for name in targets:
         model.set_submodule(name, empty_nf4_linear(model.get_submodule(name)))
     set_flags(model, 4, torch.bfloat16, skipped)

@@ -7,6 +7,7 @@ so that a model quantised here and one loaded in 4-bit by transformers are the s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -24,7 +25,11 @@ BITS = (4, 8, 16)
 
 
 def quantize(
-    model: nn.Module, bits: int = 4, skip_modules: list[str] | None = None, progress: bool = True
+    model: nn.Module,
+    bits: int = 4,
+    skip_modules: list[str] | None = None,
+    progress: bool = True,
+    skip_layers: Collection[str] = (),
 ) -> nn.Module:
     """Quantise every linear layer of a model in place, one matrix at a time.
 
@@ -37,6 +42,7 @@ def quantize(
         bits: 4 (NF4, double quantisation), 8 (int8) or 16 (nothing to do).
         skip_modules: names (or last parts of names) to leave as they are.
         progress: show a progress bar.
+        skip_layers: whole names of linear layers to leave as they are.
 
     Returns:
         The same model.
@@ -64,7 +70,7 @@ def quantize(
     if bits == 16:
         return model
 
-    targets, skipped = partition_linears(model, skip_modules or [])
+    targets, skipped = partition_linears(model, skip_modules or [], skip_layers)
     dtypes: set[torch.dtype] = set()
     for name in targets:
         layer = model.get_submodule(name)
@@ -125,7 +131,9 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
-def partition_linears(model: nn.Module, skip: list[str]) -> tuple[list[str], list[str]]:
+def partition_linears(
+    model: nn.Module, skip: list[str], skip_layers: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Names of the linears to quantise, and of those to leave as they are."""
     keep_fp32 = getattr(model, "_keep_in_fp32_modules", None) or []
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -136,6 +144,7 @@ def partition_linears(model: nn.Module, skip: list[str]) -> tuple[list[str], lis
         if type(module) not in (nn.Linear, Conv1D):
             continue
         left_alone = module is head or id(module.weight) in embeddings or _under(name, [*keep_fp32, *skip])
+        left_alone = left_alone or name in skip_layers
         (skipped if left_alone else targets).append(name)
     return targets, skipped
 

@@ -75,7 +75,7 @@ def residual_base(
         ValueError: the residual base is of another rank, of other bits or decomposed otherwise; a dense base carries
             adapters.
     """
-    bits, method = config.factor_bits, chosen_method(min(shape_of(base, module_name)), rank, str(config.decomposition))
+    bits, method = config.stored_bits, chosen_method(min(shape_of(base, module_name)), rank, str(config.decomposition))
     if isinstance(base, ResidualLinear):
         held = base.basis("U")
         if (held.rank, held.stored.bits) != (rank, bits):

@@ -51,7 +51,7 @@ def hold_bases(
         layer.qsvft_bases.update({form.inward: base.basis("V"), form.outward: base.basis("U")})
         return form, None
     held, (m, n) = layer.held_bases(), weight.shape
-    source, found = sources.look_up(layer.module_name, form.sizes((m, n)), rank, config.factor_bits, weight.device)
+    source, found = sources.look_up(layer.module_name, form.sizes((m, n)), rank, config.stored_bits, weight.device)
     if source is not None and source is sources.own:
         sources.check_weight(layer.module_name, form.inward, weight)
     new = found if source is not None else _computed(layer.module_name, form, weight, rank, config, held)
@@ -82,9 +82,9 @@ def _computed(
             "adapter is attached."
         )
     sides: Sides = "both" if form.kind == "both" else "one"
-    made = make_bases(weight, rank, sides, config.factor_bits, form.method)
+    made = make_bases(weight, rank, sides, config.stored_bits, form.method)
     if form.error is not None:  # on meta alone: of real ones there is a source
-        made["E"] = StoredBasis(StoredMatrix.hold(weight.new_empty(rank, weight.shape[0]), config.factor_bits))
+        made["E"] = StoredBasis(StoredMatrix.hold(weight.new_empty(rank, weight.shape[0]), config.stored_bits))
     return {key: made[key.side] for key in missing}
 
 

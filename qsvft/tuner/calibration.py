@@ -91,22 +91,12 @@ def calibrate(
         holder.qsvft_directions.add(what_rounding_took(layers, holder.qsvft_directions, config, weights))
 
 
-FACTOR_BITS = 8
-"""How directions from data are held where nothing else is said: with singular vectors int8 trained as bf16 did."""
-
-
 def with_basis(fields: Mapping[str, Any], calibration: object, residual: bool) -> dict[str, Any]:
     """Fields of a config that were given one by one. With data, its basis is "data" where they name none, and what
     rounding took is given back (``residual``, where the weights before it are at hand)."""
     if calibration is None or fields.get("basis", "data") != "data":
         return dict(fields)
-    return {"basis": "data", "residual": residual, "factor_bits": FACTOR_BITS, **fields}
-
-
-def to_fit(fields: Mapping[str, Any], calibration: object, residual: bool) -> dict[str, Any]:
-    """The same where a card's size chooses how the factors are held."""
-    chosen = with_basis(fields, calibration, residual)
-    return {name: value for name, value in chosen.items() if name in fields or name != "factor_bits"}
+    return {"basis": "data", "residual": residual, **fields}
 
 
 def check_calibration(config: QSVFTConfig, calibration: object) -> None:
@@ -193,7 +183,7 @@ class _Watch:
                 f"{unseen[0]}: no batch of the calibration reached this layer ({len(unseen)} of {len(self._layers)} "
                 "such): no gradient came by. Give more batches, or leave those layers out with exclude_modules."
             )
-        bits, bases, lengths = self._config.factor_bits, {}, {}
+        bits, bases, lengths = self._config.stored_bits, {}, {}
         for side, sketches in (("V", self._inputs), ("U", self._gradients)):
             for name, sketch in sketches.items():
                 energies, rows = sketch.directions()

@@ -49,6 +49,8 @@ def _strings(value: Any) -> bool:
 
 DENSE_RANK = 128
 """k of a dense M where none is given."""
+LEAN_BITS, PAPER_BITS = 8, 16
+"""Of U and V where none are given."""
 
 
 @dataclass
@@ -76,7 +78,8 @@ class QSVFTConfig(PeftConfig):
             that a step at one learning rate is as large for every pattern, rank and width; "one": 1, as in the
             paper. None is "weight", and "one" for an adapter saved before there was a choice.
         seed: seed of the random pattern.
-        factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation).
+        factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation). None is
+            8 for a dense M and for directions from data, and 16 otherwise.
         basis: "singular" (singular vectors) or "data": V holds the leading directions of the layer's inputs on some
             batches, U those of the gradient of its outputs (``sides="both"`` only; see :func:`qsvft.calibrate`). They
             cannot be computed again, so that the adapter carries them (``include_factors``).
@@ -160,12 +163,12 @@ class QSVFTConfig(PeftConfig):
         lambda value: value is None or value in UNITS,
     )
     seed: int = option(0, INTEGER, "Seed of the random pattern.", "an integer", is_integer, counted=True)
-    factor_bits: int = option(
-        16,
+    factor_bits: int | None = option(
+        None,
         INTEGER,
-        "How U and V are held: 16, 8 or 4 bits.",
-        "16 (bf16), 8 (int8) or 4 (NF4)",
-        lambda value: is_integer(value) and value in STORED_BITS,
+        "How U and V are held: 16, 8 or 4 bits; None is 8 for a dense M, and 16 for the others.",
+        "16 (bf16), 8 (int8), 4 (NF4) or None",
+        lambda value: value is None or (is_integer(value) and value in STORED_BITS),
         of_factors=True,
         counted=True,
     )
@@ -212,6 +215,9 @@ class QSVFTConfig(PeftConfig):
             self.unit = "weight" if self.base is None else "one"
         if self.rank is None and self.pattern == "dense" and self.base is None:
             self.rank = DENSE_RANK
+        if self.factor_bits is None:
+            lean = self.base is None and (self.pattern == "dense" or self.basis == "data")
+            self.factor_bits = LEAN_BITS if lean else PAPER_BITS
         self._validate_together()
         self.include_factors = self.include_factors or self.basis == "data"
 
@@ -235,6 +241,12 @@ class QSVFTConfig(PeftConfig):
         """The fields that weights and factors of a prepared directory depend on, as JSON has them."""
         options = {name: getattr(self, name) for name in FACTOR_FIELDS}
         return _in_order({**options, "residual": self.residual_base})
+
+    @property
+    def stored_bits(self) -> int:
+        """``factor_bits``, which is a number once the config is made."""
+        assert self.factor_bits is not None
+        return self.factor_bits
 
     @property
     def residual_base(self) -> bool:

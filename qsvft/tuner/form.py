@@ -50,8 +50,8 @@ def form_of(config: QSVFTConfig, shape: tuple[int, int], rank: int) -> Form:
 
     def key(side: str) -> BasisKey:
         if config.basis == "data":
-            return BasisKey.data(side, config.factor_bits, rank)
-        return BasisKey.singular(side, config.factor_bits, method, rank, original=config.residual)
+            return BasisKey.data(side, config.stored_bits, rank)
+        return BasisKey.singular(side, config.stored_bits, method, rank, original=config.residual)
 
     if config.sides == "both":
         error = key("E") if config.gives_back else None

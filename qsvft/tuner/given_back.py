@@ -43,7 +43,7 @@ def what_rounding_took(
     Raises:
         ValueError: a layer's weight is missing, or of another shape.
     """
-    bits, errors = config.factor_bits, {}
+    bits, errors = config.stored_bits, {}
     shown = {"desc": "measuring what rounding took", "unit": "matrix", "leave": False, "disable": not progress_shown()}
     for name, W in tqdm(weights, total=len(layers), **shown):
         if name not in layers:

@@ -73,7 +73,7 @@ class QSVFTLinear(AdaptedLinear):
         rank = rank_of(config, self.module_name, shape)
         form = form_of(config, shape, rank)
         if config.residual_base:
-            base, bits = self.original_base(), config.factor_bits
+            base, bits = self.original_base(), config.stored_bits
             own = sources.own_bases(self.module_name, form.sizes(shape), rank, bits, next(base.parameters()).device)
             made = residual_base(base, rank, config, self.module_name, sorted(self.settings), own)
             self.base_layer = self.base_layer if self._unmerged else made

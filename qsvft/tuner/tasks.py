@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft import TaskType
@@ -22,8 +23,9 @@ _TASKS = {
 _OTHER_HEADS = {"ForImageClassification": "classifier", "ForAudioClassification": "classifier"}
 
 
-def config_for(model: nn.Module, options: dict[str, Any]) -> QSVFTConfig:
+def config_for(model: nn.Module, options: Mapping[str, Any]) -> QSVFTConfig:
     """A config of single options; task type and fresh head follow from the model's class."""
+    options = dict(options)
     unknown = sorted(set(options) - set(QSVFTConfig.__dataclass_fields__))
     if unknown:
         allowed = sorted(set(QSVFTConfig.__dataclass_fields__) - {"peft_type", "auto_mapping", "peft_version", "base"})
@@ -36,6 +38,11 @@ def config_for(model: nn.Module, options: dict[str, Any]) -> QSVFTConfig:
         if head is not None and hasattr(model, head):
             options.setdefault("modules_to_save", [head])
     return QSVFTConfig(**options)
+
+
+def whole(config: QSVFTConfig) -> list[str]:
+    """The modules that train whole, and are therefore not quantised."""
+    return [*(config.modules_to_save or ()), *left_whole(config)]
 
 
 def left_whole(config: QSVFTConfig) -> list[str]:

@@ -56,9 +56,9 @@ def test_both_memory_tables_are_read():
 def test_the_claim_of_the_readme_stands_beside_its_settings():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (claim,) = [part for part in readme.split("\n\n") if "5.65 GiB" in part]
-    settings = ("predicted", "Llama-3-8B", "`factor_bits=8`", "`quantize_embeddings=8`", "2048 tokens", "batch 1")
+    settings = ("predicted", "Llama-3-8B", "`quantize_embeddings=8`", "2048 tokens", "batch 1")
     assert [words for words in (*settings, "checkpointing", "chunked loss") if words not in claim] == []
-    peak = counted_peak("llama-3-8b", "qsvft:factor_bits=8,quantize_embeddings=8")
+    peak = counted_peak("llama-3-8b", "qsvft:quantize_embeddings=8")
     assert f"{peak / GIB:.2f} GiB" == "5.65 GiB"
 
 

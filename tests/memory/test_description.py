@@ -145,7 +145,7 @@ def test_another_gradient_in_fp32_is_pointed_at():
 
 
 FORMS = {
-    "both": {"qsvft_bases.U_bf16.stored.values": "factors"},
+    "both": {"qsvft_bases.U_int8.stored.codes": "factors"},
     "one": {"qsvft_scale.default": "scales"},
 }
 
@@ -162,7 +162,7 @@ def test_kinds_are_what_the_tensors_are(llama, sides):
         f"{layer}.base_layer.weight": "base weights",
         f"{layer}.base_layer.weight.quant_state.absmax": "quantisation state",
         f"{layer}.base_layer.weight.quant_state.state2.absmax": "quantisation state",
-        f"{layer}.qsvft_bases.V_bf16.stored.values": "factors",
+        f"{layer}.qsvft_bases.V_int8.stored.codes": "factors",
         **{f"{layer}.{name}": kind for name, kind in FORMS[sides].items()},
         f"{layer}.qsvft_M.default": "M",
         f"{layer}.qsvft_probe.default": "patterns and probes",

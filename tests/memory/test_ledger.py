@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qsvft.memory.ledger import CATEGORIES, GRANULARITY, PHASES, Ledger, rounded
-from qsvft.memory.methods import METHODS, build, parse_method
+from qsvft.memory.methods import METHODS, Method, build, parse_method
 from qsvft.memory.presets import model_config
 from qsvft.memory.rows import thinned
 from qsvft.memory.scenario import count_step
@@ -74,7 +74,7 @@ def test_categories_add_up_to_the_peak() -> None:
     assert ledger.peaks()["total"].nbytes == max(sum(point.live.values()) for point in thinned(ledger))
 
 
-HELD = ("qlora", "qsvft", BANDED, "qsvft:sides=both,pattern=banded", "svft", "full")
+HELD = ("qlora", "qsvft", "qsvft:factor_bits=16", BANDED, "qsvft:sides=both,pattern=banded", "svft", "full")
 
 
 @pytest.mark.parametrize("text", HELD)
@@ -104,19 +104,32 @@ def test_held_bytes_are_what_the_shapes_say(text: str) -> None:
         k = min(m, n)
         return rounded(2 * k * m) + rounded(2 * k * n)
 
+    def in_int8(m: int, n: int) -> int:
+        k, blocks = min(m, n), [-(-size // 64) for size in (m, n)]
+        return sum(rounded(64 * k * count) + rounded(2 * k * count) for count in blocks)
+
     expected = {
         "qlora": ("base weights", total(nf4)),
-        "qsvft": ("factors", total(both_factors)),
+        "qsvft": ("factors", total(in_int8)),
+        "qsvft:factor_bits=16": ("factors", total(both_factors)),
         BANDED: ("factors", total(small_factor)),
         "qsvft:sides=both,pattern=banded": ("factors", total(both_factors)),
         "svft": ("factors", total(both_factors) + total(lambda m, n: rounded(2 * min(m, n)))),
         "full": ("trainable", sum(rounded(2 * p.numel()) for p in real_base().parameters())),
     }[text]
     assert categories[expected[0]] == expected[1]
-    if text == "qsvft":
+    if text in ("qsvft", "qsvft:factor_bits=16"):
         assert trainable == total(lambda m, n: min(m, n) ** 2)
     elif text.startswith("qsvft"):
         assert trainable == total(lambda m, n: 17 * min(m, n) - 72)
+
+
+def test_beside_a_residual_base_of_some_layers_the_others_are_quantised() -> None:
+    held = [
+        count_step(model_config("tiny"), Method(name, name, options), 1, 32)[0].peaks()["optimizer"]
+        for name, options in (("qsvft", {"target_modules": ["q_proj"], "residual": True}), ("qlora", {}))
+    ]
+    assert held[0].categories["base weights"] == held[1].categories["base weights"]
 
 
 def test_a_sequence_twice_as_long_keeps_what_is_held_and_grows_the_rest() -> None:

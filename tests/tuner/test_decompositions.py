@@ -59,7 +59,7 @@ def expected(layer: QSVFTLinear, rank: int, method: Decomposer) -> torch.Tensor:
 )
 def test_a_key_says_how_the_vectors_were_computed(decomposition, rank, part, method):
     def form(shape, **options):
-        return form_of(QSVFTConfig(decomposition=decomposition, **options), shape, rank)
+        return form_of(QSVFTConfig(**{"decomposition": decomposition, "factor_bits": 16, **options}), shape, rank)
 
     tall, wide = form((2048, 1024), sides="one"), form((1024, 2048), sides="one", factor_bits=4)
     both, residual = form((2048, 1024)), form((1024, 1024), residual=True)
@@ -77,7 +77,7 @@ def test_a_large_weight_with_a_small_rank_gets_randomized_directions_by_itself()
 
 
 def test_the_default_rank_of_a_dense_M_is_small_enough_for_randomized_directions():
-    layer = QSVFTLinear(nn.Linear(1024, 1024), "default", QSVFTConfig(), "layer")
+    layer = QSVFTLinear(nn.Linear(1024, 1024), "default", QSVFTConfig(factor_bits=16), "layer")
     assert list(layer.qsvft_bases) == ["V_bf16_randomized_128", "U_bf16_randomized_128"]
     parts = decompose(layer.original_weight(), 128, "both", RANDOMIZED)
     for side, rows in (("V", parts.V), ("U", parts.U)):

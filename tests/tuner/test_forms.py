@@ -184,12 +184,12 @@ def test_adapters_that_agree_hold_one_basis_and_others_their_own():
         ("nf4", {"sides": "one", "factor_bits": 4}),
     ):
         layer.update_layer(name, QSVFTConfig(**options))
-    assert set(layer.qsvft_bases) == {"V_bf16", "U_bf16", "V_nf4"}
+    assert set(layer.qsvft_bases) == {"V_bf16", "U_bf16", "V_int8", "U_int8", "V_nf4"}
 
 
 def test_by_default_each_layer_holds_both_factors(llama):
     adapted = [m for m in qsvft.prepare(load(llama), bits=4).modules() if isinstance(m, QSVFTLinear)]
-    assert {tuple(layer.qsvft_bases) for layer in adapted} == {("V_bf16", "U_bf16")}
+    assert {tuple(layer.qsvft_bases) for layer in adapted} == {("V_int8", "U_int8")}
     assert len({id(basis) for layer in adapted for basis in layer.qsvft_bases.values()}) == 28
 
 
@@ -238,11 +238,12 @@ def test_keys_name_the_side_and_the_holding():
     def keys(shape, **options):
         return form_of(QSVFTConfig(**options), shape, 8).keys
 
-    assert keys((9, 9)) == keys((8, 9)) == ("V_bf16", "U_bf16")
-    assert keys((9, 9), sides="one") == ("V_bf16",) and keys((8, 9), sides="one") == ("U_bf16",)
+    assert keys((9, 9)) == keys((8, 9)) == ("V_int8", "U_int8")
+    assert keys((9, 9), **BANDED) == keys((9, 9), factor_bits=16) == ("V_bf16", "U_bf16")
+    assert keys((9, 9), sides="one") == ("V_int8",) and keys((8, 9), sides="one") == ("U_int8",)
     assert keys((8, 9), sides="both", factor_bits=4) == ("V_nf4", "U_nf4")
     assert keys((8, 9), sides="both", factor_bits=8, residual=True) == ("V_int8_original", "U_int8_original")
-    assert keys((8, 9), basis="data") == ("V_bf16_data_8", "U_bf16_data_8")
+    assert keys((8, 9), basis="data") == keys((8, 9), basis="data", **BANDED) == ("V_int8_data_8", "U_int8_data_8")
 
 
 @pytest.mark.parametrize("way", [*LEAN, {"sides": "both", "residual": True}, DEFAULT], ids=str)

@@ -15,7 +15,7 @@ from qsvft.maths.updates import TAIL_DAMPING
 from qsvft.tuner import QSVFTLinear
 
 SHAPES = {"tall": (96, 64), "wide": (64, 96), "square": (64, 64), "odd": (37, 50)}
-ONE_SIDED = {"sides": "one", "pattern": "banded", "off_diagonals": 4}
+ONE_SIDED = {"sides": "one", "pattern": "banded", "off_diagonals": 4, "factor_bits": 16}
 FORMS = {"one": {}, "both": {"sides": "both"}, "default": {"sides": "both", "pattern": "dense"}}
 EACH_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
@@ -184,7 +184,7 @@ def test_two_active_adapters_add_up_whatever_their_rank_pattern_and_form(shape):
     layer = adapted(base, "a", rank=24, pattern="banded", sides="one")
     layer.update_layer("b", QSVFTConfig(rank=40, pattern="random", off_diagonals=2, sides="both"))
     layer.update_layer("c", QSVFTConfig(pattern="plain", sides="one"))
-    layer.update_layer("d", QSVFTConfig())
+    layer.update_layer("d", QSVFTConfig(factor_bits=16))
     for seed, name in enumerate("abcd"):
         fill(layer, name, seed=seed)
     layer.set_adapter(["a", "b", "c", "d"])

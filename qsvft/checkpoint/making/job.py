@@ -65,7 +65,7 @@ class Job:
             raise ValueError(f"bits must be 4 (NF4), 8 (int8) or 16 (the weights as they are), got {self.bits!r}")
         if self.config is not None and self.given:
             raise ValueError(f"give either config or single options, got both: {sorted(self.given)}")
-        config = self.config if self.config is not None else config_for(self.model, dict(self.given))
+        config = self.config if self.config is not None else config_for(self.model, self.given)
         check_residual(config, self.bits)
         # Which entries of M train, and what the directions give back to a base that stays as it is, is each adapter's.
         config = replace(config, pattern="plain", residual=config.residual_base)

@@ -181,7 +181,7 @@ def _unit(
     written = _weight_bytes(layer, options.bits, sizes[weight]) + (sizes[bias] if bias in tensors else 0)
     cost, needed = _read_cost(layer.shape[0] * layer.shape[1]), sizes[weight]
     if stored is not None:
-        written += _factor_bytes(stored, layer.shape, options.config.factor_bits)
+        written += _factor_bytes(stored, layer.shape, options.config.stored_bits)
         cost += _cost(stored, layer.shape)
         needed += _needed(stored, layer)
     return Unit(

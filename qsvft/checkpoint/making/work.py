@@ -106,7 +106,7 @@ def _factors(stored: StoredForm, layer: nn.Module, options: Options, device: tor
     weight = dense_weight(layer)
     assert weight is not None
     weight = weight.to(device)
-    made = make_bases(weight, rank, "both" if form.kind == "both" else "one", options.config.factor_bits, form.method)
+    made = make_bases(weight, rank, "both" if form.kind == "both" else "one", options.config.stored_bits, form.method)
     tensors: dict[str, Tensor] = {}
     for key in form.keys:
         basis = made[key.side]
@@ -119,7 +119,7 @@ def _factors(stored: StoredForm, layer: nn.Module, options: Options, device: tor
 def _residual(stored: StoredForm, layer: nn.Module, options: Options) -> dict[str, Tensor]:
     """R in NF4 in the weight's place, and the directions that are added to it."""
     name, form = stored.layer, stored.form
-    made = residual_linear(layer, stored.rank, options.config.factor_bits, form.method)
+    made = residual_linear(layer, stored.rank, options.config.stored_bits, form.method)
     tensors = {f"{name}.{leaf}": tensor for leaf, tensor in made.residual.state_dict().items()}
     for key in form.keys:
         tensors |= factor_tensors(name, key, made.basis(key.side))

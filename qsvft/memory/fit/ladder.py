@@ -1,6 +1,6 @@
 """The settings that may fit a card, from the most faithful and fastest down to the leanest.
 
-The ladder starts at the default rank, bf16 factors and no checkpointing. Each rung keeps what the one above it has
+The ladder starts at the default rank and factors, and no checkpointing. Each rung keeps what the one above it has
 and gives up one thing more, the cheapest first: time before exactness, exactness where no cost shows in
 training, and last the rank, since truncation is the one step that does cost there.
 """
@@ -102,11 +102,10 @@ class Rung:
         return ":".join(filter(None, ("qsvft", ",".join(parts))))
 
     def __str__(self) -> str:
-        now = self.settings
+        now, config = self.settings, _config(self.settings)
         held = {16: "bf16", 8: "int8", 4: "NF4"}
-        k = _config(now).rank
-        rank = "full rank" if k is None else f"rank {k}"
-        parts = [f"{rank} with {held[now['factor_bits']]} factors"]
+        rank = "full rank" if config.rank is None else f"rank {config.rank}"
+        parts = [f"{rank} with {held[config.stored_bits]} factors"]
         parts += [f"{held[now['quantize_embeddings']]} embeddings"] if now["quantize_embeddings"] != 16 else []
         parts += ["offloaded checkpoints"] if now["offload"] else []
         parts += [] if now["gradient_checkpointing"] else ["no checkpointing"]
@@ -138,13 +137,20 @@ def ladder(model: PreTrainedModel, fixed: Mapping[str, Any]) -> list[Rung]:
 def _descend(model: PreTrainedModel, rung: Rung) -> Iterator[Rung]:
     yield rung
     for step in STEPS:
-        if step.option in rung.fixed or (step.option == "rank" and step.value >= _largest_rank(model, rung.settings)):
+        if step.option in rung.fixed or not _leaner(model, step, rung.settings):
             continue
         settings = {**rung.settings, step.option: step.value}
         if _takes(model, step, settings):
             kept = tuple(before for before in rung.steps if before.option != step.option)
             rung = replace(rung, settings=settings, steps=(*kept, step))
             yield rung
+
+
+def _leaner(model: PreTrainedModel, step: Step, settings: Mapping[str, Any]) -> bool:
+    """Whether a step says less than the settings do, which may begin below it."""
+    if step.option == "factor_bits":
+        return bool(step.value < _config(settings).stored_bits)
+    return step.option != "rank" or step.value < _largest_rank(model, settings)
 
 
 def _takes(model: PreTrainedModel, step: Step, settings: Mapping[str, Any]) -> bool:

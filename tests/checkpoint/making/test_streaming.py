@@ -450,7 +450,7 @@ def test_an_error_in_a_worker_is_the_same_error(changeable, tmp_path):
 
 def test_factors_are_those_of_the_weight_as_held(llama, whole):
     layer = qsvft.quantize(load(llama, torch.float32), progress=False).model.layers[0].self_attn.o_proj
-    basis = factors_in(whole).basis("model.layers.0.self_attn.o_proj", "V_bf16", 64, 64, torch.device("cpu"))
+    basis = factors_in(whole).basis("model.layers.0.self_attn.o_proj", "V_int8", 64, 64, torch.device("cpu"))
     held = torch.linalg.vector_norm(dense_weight(layer).double() @ basis.dense(torch.float64).T, dim=0)
     assert torch.allclose(held, torch.linalg.svdvals(dense_weight(layer).double()), rtol=0.02, atol=0.02)
     dense = load(llama, torch.float32).model.layers[0].self_attn.o_proj.weight.detach().double()

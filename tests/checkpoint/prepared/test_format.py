@@ -139,7 +139,8 @@ def test_the_library_reads_the_same_entries(directory, llama):
 
 @pytest.mark.anywhere
 def test_both_sides_are_singular_vectors_of_the_weight_as_held(llama, tmp_path):
-    tensors = read(qsvft.prepare_checkpoint(llama, tmp_path / "prepared", dtype="bfloat16", progress=False))
+    options = {"dtype": "bfloat16", "factor_bits": 16, "progress": False}
+    tensors = read(qsvft.prepare_checkpoint(llama, tmp_path / "prepared", **options))
     model = qsvft.quantize(load(llama), progress=False)
     layers = {layer for layer, _, _ in stored_bases(tensors)}
     assert len(layers) == 14
