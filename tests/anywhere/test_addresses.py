@@ -153,7 +153,9 @@ def test_weights_and_fingerprints_are_the_same_on_two_threads(on_threads, name, 
 @DTYPES
 @pytest.mark.parametrize("sides", ["one", "both"])
 def test_probe_and_lengths_follow_from_weight_and_factors_on_any_number_of_threads(on_threads, sides, dtype):
-    layer = QSVFTLinear(linear(torch.randn(LARGE).to(dtype)), "default", QSVFTConfig(rank=64, sides=sides), "layer")
+    layer = QSVFTLinear(
+        linear(torch.randn(LARGE).to(dtype)), "default", QSVFTConfig(rank=64, sides=sides, factor_bits=16), "layer"
+    )
     weight, basis = layer.original_weight(), layer.basis("V_bf16")
     found, expected = (on_threads(threads, layer.compute_probe, "default", weight) for threads in (2, 1))
     assert torch.equal(found, expected)
