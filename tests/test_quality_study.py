@@ -389,3 +389,30 @@ def test_a_method_that_fails_stops_no_other(monkeypatch, data, tmp_path):
         call(monkeypatch, jobs, data, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["before training", "LoRA r=8"]
+
+
+def test_the_profiler_knows_the_settings_that_methods_are_counted_as():
+    from methods import METHODS
+
+    from qsvft.memory import parse_method
+
+    counted = {name: parse_method(method.counted) for name, method in METHODS.items() if method.counted}
+    ours = [name for name in counted if METHODS[name].package == "qsvft"]
+    assert len(ours) > 20
+    for name in ours:
+        config, options = counted[name].config(), METHODS[name].options
+        held = {field: getattr(config, field) for field in ("pattern", "sides", "basis", "factor_bits", "residual")}
+        assert held == {field: options.get(field, False) for field in held}, name
+
+
+@pytest.mark.parametrize(
+    "name", ["LoRA r=8", "data int8, given back, dense k=56", "data int8, from own texts, given back, dense k=128"]
+)
+def test_a_step_of_what_is_calibrated_can_be_timed(monkeypatch, name):
+    import costs
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(costs, "SIZES", sizes)
+    monkeypatch.setattr(costs, "TOKENS", 16)
+    monkeypatch.setattr(costs, "VOCABULARY", 32)
+    assert costs.times([costs.METHODS[name]], 1) == {name: 1.0}

@@ -110,14 +110,18 @@ def test_the_trainers_own_checkpointing_changes_no_bit_of_M(llama, tmp_path, uni
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
-@pytest.mark.parametrize(("form", "held"), [(ONE_SIDED, 14), ({"factor_bits": 16}, 28)], ids=FORMS)
-def test_after_training_nothing_but_M_is_held_in_fp32(llama, tmp_path, options, form, held):
+@pytest.mark.parametrize(
+    ("form", "held", "dtypes"),
+    [(ONE_SIDED, 14, {torch.bfloat16}), ({}, 2 * 28, {torch.int8, torch.bfloat16})],  # codes and scales
+    ids=FORMS,
+)
+def test_after_training_nothing_but_M_is_held_in_fp32(llama, tmp_path, options, form, held, dtypes):
     model = trained(llama, tmp_path, form, **options)
     fp32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert fp32 == set(coefficients(model))
     assert all(M.any() and torch.isfinite(M).all() for M in coefficients(model).values())
     factors = {name: b.dtype for name, b in model.named_buffers() if "qsvft_bases" in name}
-    assert len(factors) == held and set(factors.values()) == {torch.bfloat16}
+    assert len(factors) == held and set(factors.values()) == dtypes
 
 
 @EACH_FORM

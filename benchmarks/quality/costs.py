@@ -41,6 +41,15 @@ class Noise:
 
     name, kind = "noise", "CAUSAL_LM"
 
+    def load(self, held: str, seed: int) -> nn.Module:
+        """The model, which is as it is however it is to be held: a step takes no longer or shorter for its numbers."""
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZES)).to(torch.bfloat16).requires_grad_(False)
+
+    def own_batches(self) -> list[dict[str, torch.Tensor]]:
+        """The same tokens."""
+        return [batch()]
+
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The model's own loss."""
         loss: torch.Tensor = model(**batch, use_cache=False).loss
@@ -55,11 +64,10 @@ def batch() -> dict[str, torch.Tensor]:
 
 def stepper(method: Method) -> Any:
     """A function that does one step of a method."""
-    torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZES)).to(torch.bfloat16)
     tokens, task = batch(), Noise()
+    model = task.load(DENSE, 0)
     setting: Any = Setting(task, 0, DENSE, [tokens])
-    adapted = method.make(model.requires_grad_(False), setting)
+    adapted = method.make(model, setting)
     enable_checkpointing(model)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -94,9 +102,10 @@ def times(methods: Sequence[Method], rounds: int) -> dict[str, float]:
 
 def peaks(methods: Sequence[Method]) -> dict[str, float]:
     """The predicted peak in GiB, of those that the profiler knows."""
-    counted = {method.counted: method.name for method in methods if method.counted}
-    report = qsvft.profile(MODEL, list(counted), seq_len=LENGTH, progress=True)
-    return {counted[row.method]: row.peak_bytes / 2**30 for row in report.rows if not row.error}
+    counted = {method.name: method.counted for method in methods if method.counted}
+    report = qsvft.profile(MODEL, list(dict.fromkeys(counted.values())), seq_len=LENGTH, progress=True)
+    found = {row.method: row.peak_bytes / 2**30 for row in report.rows if not row.error}
+    return {name: found[text] for name, text in counted.items() if text in found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -157,8 +157,9 @@ def ours(name: str, start: float = 2e-3, **options: Any) -> Method:
     """qsvft; what tells forms apart is said here, never left to the library's default."""
     said = {"sides": "one", "factor_bits": 16, "basis": "singular"}
     fields = {**said, "off_diagonals": 8, "pattern": "banded", **options}
-    counted = ",".join(f"{name}={str(value).lower()}" for name, value in fields.items())
-    return Method(name, "qsvft", start, fields, _ours, f"qsvft:{counted}")
+    written = ",".join(f"{name}={str(value).lower()}" for name, value in fields.items() if name != SEEN)
+    counted = None if "rank_pattern" in fields else f"qsvft:{written}"  # no text says several ranks
+    return Method(name, "qsvft", start, fields, _ours, counted)
 
 
 def dense(name: str, rank: int, basis: str, start: float, **options: Any) -> Method:
@@ -217,11 +218,20 @@ METHODS = {
         dense("data", 130, "data", 2e-3, rank_pattern=AS_LORA_8),
         *(
             dense(f"data {held}, given back", rank, "data", 2e-3, factor_bits=bits, residual=True)
-            for held, bits, rank in (("int8", 8, 128), ("int8", 8, 56), ("bf16", 16, 128), ("NF4", 4, 128))
+            for held, bits, rank in (
+                *(("int8", 8, rank) for rank in (32, 56, 64, 128, 192)),
+                ("bf16", 16, 128),
+                ("NF4", 4, 128),
+            )
         ),
-        *(dense("data int8, given back", rank, "data", 2e-3, factor_bits=8, residual=True) for rank in (32, 64, 192)),
         dense(
-            "data int8, from own texts, given back", 128, "data", 2e-3, factor_bits=8, residual=True, **{SEEN: "own"}
+            "data int8, from own texts, given back",
+            128,
+            "data",
+            2e-3,
+            factor_bits=8,
+            residual=True,
+            calibrated_on="own",
         ),
         *(dense("singular", rank, "singular", 4e-3) for rank in (64, 96, 128)),
         dense("singular int8", 128, "singular", 4e-3, factor_bits=8),

@@ -133,10 +133,7 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
     """Turn a frozen bf16 model (on meta or real) into one that the method trains, in place."""
     meta = next(model.parameters()).is_meta
     if method.bits == 4:
-        # A residual base quantises itself.
-        residual = method.name == "qsvft" and method.config().residual_base
-        with shapes_only():
-            left = check_targets(model, method.config()) if residual else ()
+        left = _residual_layers(method, model) if method.name == "qsvft" else ()
         model = nf4_on_meta(model, left) if meta else quantize(model, 4, progress=False, skip_layers=left)
     with shapes_only():
         built = _BUILDERS[method.name](method, model)
@@ -145,6 +142,13 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
     if method.options.get("offload"):
         offload_checkpoints(model)
     return built.to("meta") if meta else built
+
+
+def _residual_layers(method: Method, model: PreTrainedModel) -> list[str]:
+    """The layers that a residual base quantises by itself."""
+    config = method.config()
+    with shapes_only():
+        return check_targets(model, config) if config.residual_base else []
 
 
 def _floor(method: Method, model: PreTrainedModel) -> nn.Module:

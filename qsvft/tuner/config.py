@@ -166,7 +166,7 @@ class QSVFTConfig(PeftConfig):
     factor_bits: int | None = option(
         None,
         INTEGER,
-        "How U and V are held: 16, 8 or 4 bits; None is 8 for a dense M, and 16 for the others.",
+        "How U and V are held: 16, 8 or 4 bits; None is 8 for a dense M or directions from data, else 16.",
         "16 (bf16), 8 (int8), 4 (NF4) or None",
         lambda value: value is None or (is_integer(value) and value in STORED_BITS),
         of_factors=True,
