@@ -219,7 +219,7 @@ METHODS = {
         *(
             dense(f"data {held}, given back", rank, "data", 2e-3, factor_bits=bits, residual=True)
             for held, bits, rank in (
-                *(("int8", 8, rank) for rank in (32, 56, 64, 128, 192)),
+                *(("int8", 8, rank) for rank in (32, 56, 64, 96, 128, 192)),
                 ("bf16", 16, 128),
                 ("NF4", 4, 128),
             )

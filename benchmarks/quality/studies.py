@@ -162,14 +162,16 @@ FRONTIER = (
     "full fine-tuning",
     "tried: random, dense k=96",
 )
+PAPERS = "two-sided d=8 (the paper's)"
 FACTORS = (
     "data int8, given back, dense k=128",
     "data int8, given back, dense k=64",
+    PAPERS,
+    "data int8, given back, dense k=96",
     "data NF4, given back, dense k=128",
     "data bf16, given back, dense k=128",
     "two-sided, plain",
     "two-sided d=2",
-    "two-sided d=8 (the paper's)",
     "two-sided random, as many as d=8",
     "two-sided top_k, as many as d=8",
     "tried: singular, entries by gradient",
@@ -190,6 +192,15 @@ FACTORS = (
     "FRoD",
 )
 """One factor at a time, the most telling first."""
+TOY = (
+    "data int8, given back, dense k=64",
+    "singular, dense k=64",
+    "one-sided d=8",
+    PAPERS,
+    "LoRA r=8",
+    "full fine-tuning",
+)
+"""What asks for a rate of its own, on a narrow model."""
 ON_CHOICES = ("data, dense k=96", "LoRA r=8", "singular, dense k=96", "one-sided d=8", "LoRA r=16")
 CHOICES = ("arc-easy", "openbookqa", "boolq", "arc-challenge")
 DEFAULT = "data int8, given back, dense k=128"
@@ -197,8 +208,7 @@ LONG = {"steps": 100, "seeds": (0, 1, 2), "held_out": 512}
 STUDIES: dict[str, list[Job]] = {
     "lean-options": [Job("sst2", METHODS[name], 80, 16, (0, 1, 2)) for name in LEAN],
     "contenders": [Job("gsm8k", METHODS[name], batch_size=4, seeds=(0, 1, 2)) for name in CONTENDERS],
-    "toy": [Job(SHIFT, method, 60, 32, held_out=200) for method in METHODS.values() if method.package == "tried"]
-    + [Job(SHIFT, METHODS[name], 60, 32, held_out=200) for name in ("LoRA r=8", "LoRA r=2", "full fine-tuning")],
+    "toy": [Job(SHIFT, METHODS[name], 60, 32, held_out=200) for name in TOY],
     "first": [Job("gsm8k", METHODS[name], batch_size=4) for name in FIRST],
     "bases": [
         Job("gsm8k", METHODS["LoRA r=8"], batch_size=4, seeds=(0, 1, 2), held=held, swept=DENSE)
@@ -207,7 +217,7 @@ STUDIES: dict[str, list[Job]] = {
     "paper": [
         Job("gsm8k", METHODS[name], batch_size=4)
         for name in (
-            "two-sided d=8 (the paper's)",
+            PAPERS,
             "one-sided d=8",
             "tried: singular, plain",
         )
@@ -224,11 +234,13 @@ STUDIES: dict[str, list[Job]] = {
         Job("gsm8k", METHODS["data int8, given back, dense k=128"], batch_size=4, seeds=(0, 1, 2)),
         Job("gsm8k", METHODS["singular, dense k=128"], batch_size=4, seeds=(0, 1, 2)),
     ],
-    "factors": [Job("gsm8k", METHODS[name], batch_size=4) for name in FACTORS],
+    "factors": [
+        Job("gsm8k", METHODS[name], batch_size=4, seeds=(0, 1, 2) if name == PAPERS else (0,)) for name in FACTORS
+    ],
     "choices": [
         Job(task, METHODS[name], **LONG)
-        for task in ("arc-easy", "openbookqa")
         for name in ("full fine-tuning", "LoRA r=8")
+        for task in ("arc-easy", "openbookqa")
     ],
     "ideas": [
         Job("gsm8k", METHODS[f"tried: {name}, dense k=96"], batch_size=4)
