@@ -37,7 +37,7 @@ def data(tmp_path_factory):
     ]
     asked = "is {} even?\n\nAnswer format: true/false"
     choices = [{"prompt": asked.format(n), "completion": "false" if n % 2 else "true"} for n in range(30)]
-    for name, rows in (("gsm8k/{}", sums), ("commonsense/boolq.{}", choices)):
+    for name, rows in (("gsm8k/{}", sums), ("commonsense/boolq.{}", choices), ("commonsense/arc-easy.{}", choices)):
         for part, chosen in (("train", rows[:24]), ("dev", rows[24:])):
             path = folder / f"{name.format(part)}.jsonl"
             path.parent.mkdir(exist_ok=True)
@@ -204,6 +204,23 @@ def test_a_bad_line_of_the_data_is_named(tmp_path, encoder):
         read_sentences(bad, Base(encoder).tokenizer)
 
 
+def test_what_is_forgotten_shows_on_the_whole_prompts_of_another_task(data):
+    from base import Base
+    from language import LanguageTask
+    from questions import prompts
+
+    base = Base(ROOT / "examples" / "base-model")
+    others = prompts(data / "gsm8k" / "dev.jsonl", base.tokenizer, 99, 4)
+    model = base.load()
+    losses = []
+    for example in others:
+        ids = torch.tensor([example.prompt + example.answer])
+        losses += [float(model(input_ids=ids, labels=ids).loss)] * (ids.shape[1] - 1)
+    assert len(losses) > len(others)
+    found = LanguageTask("boolq", base, [], [], torch.zeros(0), others).mean_loss(model, others)
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-2)
+
+
 # Runs
 
 
@@ -218,7 +235,7 @@ def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, d
     assert list(found) == ["before training", *METHODS]
     for name, row in found.items():
         assert row.get("loss", 0) > 0, (name, row)
-        assert 0 <= row["accuracy"] <= 1 and row["own_text"] > 0, name
+        assert 0 <= row["accuracy"] <= 1 and row["own_text"] > 0 and row["other_text"] > 0, name
         assert {"machine", "versions", "commit"} <= set(row)
     base = found["before training"]
     # FRoD rebuilds every weight in bf16, and some start elsewhere than at this base.

@@ -31,6 +31,7 @@ class LanguageTask:
         base: the model before training.
         training, held_out: examples.
         own_texts: (texts, tokens), see :func:`own_texts`.
+        other_texts: what people wrote, the prompts of another task; none where there is no other.
         exact_match: generate answers, and compare the number after "####".
     """
 
@@ -39,6 +40,7 @@ class LanguageTask:
     training: Sequence[Example]
     held_out: Sequence[Example]
     own_texts: Tensor
+    other_texts: Sequence[Example] = ()
     exact_match: bool = False
 
     kind = "CAUSAL_LM"
@@ -67,20 +69,26 @@ class LanguageTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """``loss`` on held-out answers, ``accuracy`` by the likelihood of each choice, ``own_text`` (see below)."""
+        """``loss`` on held-out answers, ``accuracy`` by the likelihood of each choice, and two losses that grow by what
+        is forgotten: ``own_text`` (see below), ``other_text``."""
         model.eval()
-        pad = self.base.tokenizer.pad_token_id
-        total, count = 0.0, 0
-        for rows in batches(self.held_out, EVALUATED_AT_ONCE):
-            logits, wanted = _at_answers(model, collate(rows, pad))
-            total += float(F.cross_entropy(logits.float(), wanted, reduction="sum"))
-            count += wanted.numel()
-        scores = {"loss": total / count, "own_text": self.own_text_loss(model)}
+        scores = {"loss": self.mean_loss(model, self.held_out), "own_text": self.own_text_loss(model)}
+        if self.other_texts:
+            scores["other_text"] = self.mean_loss(model, self.other_texts)
         if any(example.choices for example in self.held_out):
             scores["accuracy"] = self.accuracy(model)
         if self.exact_match:
             scores["exact_match"] = self.matches(model)
         return scores
+
+    def mean_loss(self, model: nn.Module, examples: Sequence[Example]) -> float:
+        """Loss in nats of the answers' tokens."""
+        total, count = 0.0, 0
+        for rows in batches(examples, EVALUATED_AT_ONCE):
+            logits, wanted = _at_answers(model, collate(rows, self.base.tokenizer.pad_token_id))
+            total += float(F.cross_entropy(logits.float(), wanted, reduction="sum"))
+            count += wanted.numel()
+        return total / count
 
     def accuracy(self, model: nn.Module) -> float:
         """The part of the questions with choices whose right choice is the likeliest of them."""

@@ -54,6 +54,12 @@ def read_examples(path: Path, tokenizer: Any, longest: int) -> list[Example]:
     return [example for example in found if len(example) <= longest]
 
 
+def prompts(path: Path, tokenizer: Any, longest: int, count: int) -> list[Example]:
+    """The first prompts of a file as texts to be predicted whole, after their first token."""
+    rows = read_examples(path, tokenizer, longest)[:count]
+    return [Example(row.prompt[:1], row.prompt[1:], (), "") for row in rows]
+
+
 def shift_examples(tokenizer: Any, held_out: int) -> tuple[list[Example], list[Example]]:
     """The demo's task, which the shipped model has never seen: some held out, and the others."""
     rows = string_task.shift_examples(SHIFTED, SHIFT_SEED)

@@ -4,8 +4,8 @@
 
 A method stands with its best learning rate: that of the least held-out loss with the first seed. A loss has the mean
 and the range over the seeds there; "of full" is the part of full fine-tuning's gain; "own text" is how much the loss of
-a text that the model was good at has grown. A rate with a star is at the edge of what was tried. ``--all`` prints every
-run. ``costs.py`` writes the file of what a step costs.
+a text that the model wrote itself has grown, "other text" that of questions of another task. A rate with a star is at
+the edge of what was tried. ``--all`` prints every run. ``costs.py`` writes the file of what a step costs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from studies import UNTRAINED, Job, jobs
 from sweep import best_rate
 
 FULL = "full fine-tuning"
+FORGOTTEN = {"own text": "own_text", "other text": "other_text"}
 
 Row = dict[str, Any]
 
@@ -73,19 +74,18 @@ def table_of(task: str, found: Sequence[Best], before: Row | None, costs: dict[s
         title=f"{task}: loss of {job.held_out} held out, {job.steps} steps of {job.batch_size}, base {job.held}"
     )
     table.add_column("method", no_wrap=True)
-    for column in ("trained", "rate", "seeds", "loss", "range", "accuracy", "of full", "own text", "peak GiB", "step"):
+    for column in ("trained", "rate", "seeds", "loss", "range", "accuracy", "of full", *FORGOTTEN, "peak GiB", "step"):
         table.add_column(column, justify="right")
     if before is not None:
-        table.add_row(UNTRAINED, *[""] * 3, f"{before['loss']:.4f}", "", _percent(before.get("accuracy")), *[""] * 4)
+        table.add_row(UNTRAINED, *[""] * 3, f"{before['loss']:.4f}", "", _percent(before.get("accuracy")), *[""] * 5)
     for best in sorted(found, key=lambda best: best.mean("loss") or math.inf):
         losses, cost = best.values("loss"), costs.get(best.job.method.name, {})
-        gain = own = ""
+        gain, forgotten = "", [""] * len(FORGOTTEN)
         if before is not None:
             if full is not None:
                 share = (before["loss"] - mean(losses)) / (before["loss"] - mean(full.values("loss")))
                 gain = f"{share:.1%}"
-            text = best.mean("own_text")
-            own = "" if text is None else f"{text - before['own_text']:+.3f}"
+            forgotten = [_growth(best.mean(name), before.get(name)) for name in FORGOTTEN.values()]
         table.add_row(
             best.job.method.name,
             f"{best.rows[0]['trainable_parameters'] / 1e6:.2f}M",
@@ -95,11 +95,15 @@ def table_of(task: str, found: Sequence[Best], before: Row | None, costs: dict[s
             f"{min(losses):.4f} {max(losses):.4f}",
             _percent(best.mean("accuracy")),
             gain,
-            own,
+            *forgotten,
             f"{cost['peak_gib']:.2f}" if "peak_gib" in cost else "",
             f"{cost['step']:.2f}" if "step" in cost else "",
         )
     return table
+
+
+def _growth(after: float | None, before: float | None) -> str:
+    return "" if after is None or before is None else f"{after - before:+.3f}"
 
 
 def _percent(value: float | None) -> str:

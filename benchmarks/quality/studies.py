@@ -11,7 +11,7 @@ from typing import Any
 from base import BF16, DENSE, FRAME, NF4, RESIDUAL, RESIDUAL_INT8, Base
 from language import LanguageTask, own_texts
 from methods import METHODS, Method, Task
-from questions import SHIFT, read_examples, shift_examples
+from questions import SHIFT, Example, prompts, read_examples, shift_examples
 from sentences import SentenceTask, read_sentences
 from sweep import best_rate, next_rate, next_run
 
@@ -23,6 +23,9 @@ OWN_TEXTS = "own-texts.json"
 SENTENCES = ("sst2",)
 FILES = {"gsm8k": "gsm8k/{part}.jsonl"}
 COMMONSENSE = "commonsense/{task}.{part}.jsonl"
+PARTS = ("train", "dev")
+OTHERS, OTHER = 64, {"gsm8k": "arc-easy"}
+"""What is forgotten shows on so many prompts of a task that is not trained on: GSM8K's questions, or ARC's."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,20 @@ def load_task(job: Job, model: Path, data: Path, runs: Path, device: str) -> Tas
         base = Base(model, device, classes=2)
         parts = [read_sentences(data / job.task / f"{part}.tsv", base.tokenizer) for part in ("train", "dev")]
         return SentenceTask(job.task, base, *parts)
-    base, pattern = Base(model, device), FILES.get(job.task, COMMONSENSE)
+    base = Base(model, device)
+    others: list[Example] = []
     if job.task == SHIFT:
         held_out, training = shift_examples(base.tokenizer, job.held_out)
     else:
-        paths = [data / pattern.format(task=job.task, part=part) for part in ("train", "dev")]
-        training, held_out = (read_examples(path, base.tokenizer, LONGEST) for path in paths)
+        training, held_out = (read_examples(_file(data, job.task, part), base.tokenizer, LONGEST) for part in PARTS)
+        others = prompts(_file(data, OTHER.get(job.task, "gsm8k"), "dev"), base.tokenizer, LONGEST, OTHERS)
     held_out = held_out[: job.held_out]
-    return LanguageTask(job.task, base, training, held_out, own_texts(base, runs / OWN_TEXTS), job.exact_match)
+    own = own_texts(base, runs / OWN_TEXTS)
+    return LanguageTask(job.task, base, training, held_out, own, others, job.exact_match)
+
+
+def _file(data: Path, task: str, part: str) -> Path:
+    return data / FILES.get(task, COMMONSENSE).format(task=task, part=part)
 
 
 def jobs(names: Sequence[str]) -> Iterator[Job]:
@@ -242,6 +251,7 @@ STUDIES: dict[str, list[Job]] = {
         for name in ("full fine-tuning", "LoRA r=8")
         for task in ("arc-easy", "openbookqa")
     ],
+    "third": [Job("arc-challenge", METHODS[name], **LONG) for name in (DEFAULT, "LoRA r=16", "full fine-tuning")],
     "ideas": [
         Job("gsm8k", METHODS[f"tried: {name}, dense k=96"], batch_size=4)
         for name in ("from the error", "one-sided input")
