@@ -265,15 +265,20 @@ def test_costs_are_bytes_by_the_ledger_and_times_in_units_of_qloras(monkeypatch,
     from transformers import LlamaConfig
 
     small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for name, value in (("SIZES", small), ("TOKENS", 32), ("MODEL", LlamaConfig(vocab_size=512, **small))):
-        monkeypatch.setattr(costs, name, value)
+    monkeypatch.setattr(costs, "MODEL", LlamaConfig(vocab_size=512, **small))
+    for name, figure in (("1024-wide", "step"), ("llama-3-8b", "step_8b")):
+        monkeypatch.setitem(costs.SHAPES, name, costs.Shapes(figure, 32, small))
     names = ("one-sided d=8", "tried: input/output, dense k=96", "full fine-tuning")
     monkeypatch.setitem(studies.STUDIES, "toy", [job("gsm8k", name) for name in names])
-    costs.main(["--study", "toy", "--out", str(tmp_path / "costs.json"), "--rounds", "2"])
+    told = ["--out", str(tmp_path / "costs.json"), "--rounds", "2"]
+    costs.main(["--study", "toy", *told])
+    monkeypatch.setitem(studies.STUDIES, "toy", [job("gsm8k", names[0])])
+    costs.main(["--study", "toy", *told, "--shapes", "llama-3-8b"])
     found = json.loads((tmp_path / "costs.json").read_text())
     assert list(found) == [costs.UNIT, *names]
     assert found[costs.UNIT]["step"] == 1.0
     assert all(cost["step"] > 0 for cost in found.values())
+    assert [name for name, cost in found.items() if cost.get("step_8b", 0) > 0] == [costs.UNIT, names[0]]
     assert [name for name, cost in found.items() if "peak_gib" in cost] == [costs.UNIT, *names[:2]]
 
 
@@ -429,7 +434,5 @@ def test_a_step_of_what_is_calibrated_can_be_timed(monkeypatch, name):
     import costs
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
-    monkeypatch.setattr(costs, "SIZES", sizes)
-    monkeypatch.setattr(costs, "TOKENS", 16)
     monkeypatch.setattr(costs, "VOCABULARY", 32)
-    assert costs.times([costs.METHODS[name]], 1) == {name: 1.0}
+    assert costs.times([costs.METHODS[name]], 1, costs.Shapes("step", 16, sizes)) == {name: 1.0}

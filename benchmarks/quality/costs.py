@@ -1,10 +1,11 @@
 """What a step of each method costs: bytes by the ledger, time by the clock.
 
-    python benchmarks/quality/costs.py --study NAME --out FILE [--rounds 8]
+    python benchmarks/quality/costs.py --study NAME --out FILE [--rounds 8] [--shapes llama-3-8b]
 
 Bytes: the predicted peak of a step on Llama-3-8B with an NF4 base, one sequence of 2048 tokens, checkpointing. Time: of
-a step of a Llama of 4 layers, 1024 wide, on 1024 tokens with checkpointing, in units of the first method's. The methods
-take turns, and the median of their ratios within a round counts. Let nothing else run meanwhile.
+a step of a small Llama with checkpointing, in units of the first method's: 4 layers 1024 wide on 1024 tokens, or 2
+layers of Llama-3-8B's shapes on 512. The methods take turns, and the median of their ratios within a round counts. Let
+nothing else run meanwhile. What the file has of other methods and shapes stays.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,30 +27,78 @@ from rich.console import Console
 from rich.progress import track
 from studies import jobs
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qsvft
 from qsvft.lean.checkpointing import enable_checkpointing
 
 UNIT = "LoRA r=16"
-TOKENS, VOCABULARY = 1024, 8192
-SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
+VOCABULARY = 8192
 MODEL, LENGTH = "llama-3-8b", 2048
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """A model to time.
+
+    Attributes:
+        figure: what the file calls the time of its step.
+        tokens: in a step.
+        sizes: of the model.
+    """
+
+    figure: str
+    tokens: int
+    sizes: dict[str, int]
+
+
+NARROW = Shapes(
+    "step",
+    1024,
+    {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},
+)
+SHAPES = {
+    "1024-wide": NARROW,
+    MODEL: Shapes(
+        "step_8b",
+        512,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Noise:
-    """A task of random tokens, for methods that look at one before they begin."""
+    """A task of random tokens, for methods that look at one before they begin.
+
+    Attributes:
+        shapes: of the model.
+    """
+
+    shapes: Shapes
 
     name, kind = "noise", "CAUSAL_LM"
 
     def load(self, held: str, seed: int) -> nn.Module:
         """The model, which is as it is however it is to be held: a step takes no longer or shorter for its numbers."""
+        config = LlamaConfig(vocab_size=VOCABULARY, dtype=torch.bfloat16, **self.shapes.sizes)
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SIZES)).to(torch.bfloat16).requires_grad_(False)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
 
     def own_batches(self) -> list[dict[str, torch.Tensor]]:
         """The same tokens."""
-        return [batch()]
+        return [self.batch()]
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Tokens that are their own labels."""
+        ids = torch.randint(VOCABULARY, (1, self.shapes.tokens), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids, "labels": ids}
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The model's own loss."""
@@ -56,15 +106,10 @@ class Noise:
         return loss
 
 
-def batch() -> dict[str, torch.Tensor]:
-    """Tokens that are their own labels."""
-    ids = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "labels": ids}
-
-
-def stepper(method: Method) -> Any:
+def stepper(method: Method, shapes: Shapes) -> Any:
     """A function that does one step of a method."""
-    tokens, task = batch(), Noise()
+    task = Noise(shapes)
+    tokens = task.batch()
     model = task.load(DENSE, 0)
     setting: Any = Setting(task, 0, DENSE, [tokens])
     adapted = method.make(model, setting)
@@ -83,9 +128,9 @@ def stepper(method: Method) -> Any:
     return step
 
 
-def times(methods: Sequence[Method], rounds: int) -> dict[str, float]:
+def times(methods: Sequence[Method], rounds: int, shapes: Shapes = NARROW) -> dict[str, float]:
     """The time of a step in units of the first method's."""
-    steps = {method.name: stepper(method) for method in methods}
+    steps = {method.name: stepper(method, shapes) for method in methods}
     for step in steps.values():
         step()
     ratios: dict[str, list[float]] = {name: [] for name in steps}
@@ -113,11 +158,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--study", nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--shapes", choices=SHAPES, default="1024-wide")
     options = parser.parse_args(arguments)
     named = dict.fromkeys(job.method.name for job in jobs(options.study))
     methods = [METHODS[name] for name in dict.fromkeys((UNIT, *named))]
-    taken, bytes_needed = times(methods, options.rounds), peaks(methods)
-    found = {name: {"step": round(taken[name], 3)} for name in taken}
+    shapes = SHAPES[options.shapes]
+    taken, bytes_needed = times(methods, options.rounds, shapes), peaks(methods)
+    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    for name in taken:
+        found.setdefault(name, {})[shapes.figure] = round(taken[name], 3)
     for name, peak in bytes_needed.items():
         found[name]["peak_gib"] = round(peak, 3)
     staging = options.out.with_name(f".{options.out.name}.part")

@@ -27,6 +27,7 @@ from sweep import best_rate
 
 FULL = "full fine-tuning"
 FORGOTTEN = {"own text": "own_text", "other text": "other_text"}
+STEPS = {"step": "step", "step, 8B": "step_8b"}
 
 Row = dict[str, Any]
 
@@ -74,10 +75,10 @@ def table_of(task: str, found: Sequence[Best], before: Row | None, costs: dict[s
         title=f"{task}: loss of {job.held_out} held out, {job.steps} steps of {job.batch_size}, base {job.held}"
     )
     table.add_column("method", no_wrap=True)
-    for column in ("trained", "rate", "seeds", "loss", "range", "accuracy", "of full", *FORGOTTEN, "peak GiB", "step"):
+    for column in ("trained", "rate", "seeds", "loss", "range", "accuracy", "of full", *FORGOTTEN, "peak GiB", *STEPS):
         table.add_column(column, justify="right")
     if before is not None:
-        table.add_row(UNTRAINED, *[""] * 3, f"{before['loss']:.4f}", "", _percent(before.get("accuracy")), *[""] * 5)
+        table.add_row(UNTRAINED, *[""] * 3, f"{before['loss']:.4f}", "", _percent(before.get("accuracy")), *[""] * 6)
     for best in sorted(found, key=lambda best: best.mean("loss") or math.inf):
         losses, cost = best.values("loss"), costs.get(best.job.method.name, {})
         gain, forgotten = "", [""] * len(FORGOTTEN)
@@ -97,7 +98,7 @@ def table_of(task: str, found: Sequence[Best], before: Row | None, costs: dict[s
             gain,
             *forgotten,
             f"{cost['peak_gib']:.2f}" if "peak_gib" in cost else "",
-            f"{cost['step']:.2f}" if "step" in cost else "",
+            *(f"{cost[name]:.2f}" if name in cost else "" for name in STEPS.values()),
         )
     return table
 
@@ -125,7 +126,7 @@ def every_run(rows: Sequence[Row]) -> Table:
 AXES = {
     "parameters": ("trained parameters", lambda best, cost: best.rows[0]["trainable_parameters"]),
     "peak": ("predicted peak of the same setting on Llama-3-8B, GiB", lambda best, cost: cost.get("peak_gib")),
-    "time": ("time of a step, in units of QLoRA's", lambda best, cost: cost.get("step")),
+    "time": ("time of a step 1024 wide, in units of QLoRA's", lambda best, cost: cost.get("step")),
 }
 
 
