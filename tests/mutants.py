@@ -87,6 +87,20 @@ MUTANTS = (
         ("maths/test_updates.py",),
     ),
     Mutant(
+        "second-order gradients that stop at the norms",
+        "lean/norms.py",
+        "leaf = x if twice else x.detach().requires_grad_()",
+        "leaf = x.detach().requires_grad_()",
+        ("lean/test_norms.py",),
+    ),
+    Mutant(
+        "second-order gradients of a dense M that stop at h",
+        "maths/dense_update.py",
+        "grad_h = through if grad_h is None else grad_h + through",
+        "grad_h = through",
+        ("maths/test_dense_update.py",),
+    ),
+    Mutant(
         "damping missing in the scale",
         "maths/updates.py",
         "torch.maximum(s, rms * TAIL_DAMPING)",

@@ -84,7 +84,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        leaf = x.detach().requires_grad_()
+        twice = torch.is_grad_enabled()  # the gradient is to be differentiated again, through x itself
+        leaf = x if twice else x.detach().requires_grad_()
         with torch.enable_grad():
             if ctx.autocast is None:
                 y = ctx.run(ctx.module, leaf)
@@ -92,5 +93,5 @@ class _Recomputed(torch.autograd.Function):
                 kind, enabled, dtype = ctx.autocast
                 with torch.autocast(kind, dtype=dtype, enabled=enabled):
                     y = ctx.run(ctx.module, leaf)
-        (grad,) = torch.autograd.grad(y, leaf, g)
+        (grad,) = torch.autograd.grad(y, leaf, g, create_graph=twice)
         return grad, None, None

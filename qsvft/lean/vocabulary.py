@@ -49,9 +49,9 @@ class QuantizedModule(nn.Module):
         if name == "weight":
             raise AttributeError(
                 f"{self.module_name}: expected a dense weight, found one in {self.stored.bits} bits. What reads the "
-                "weight itself (resize_token_embeddings, TRL's SFTTrainer on the head, a few models) needs it dense: "
-                "resize before quantising, leave the module out with skip_modules="
-                f"['{self.module_name.split('.')[-1]}'], or call qsvft.vocabulary.dequantize_vocabulary(model)."
+                "weight itself (resize_token_embeddings, TRL's trainers on the head, a few models) needs it dense: "
+                "resize before quantising, leave quantize_embeddings at 16, or call "
+                "qsvft.vocabulary.dequantize_vocabulary(model)."
             )
         return super().__getattr__(name)
 

@@ -120,6 +120,8 @@ def times_transpose(a: Tensor, F: Held) -> Tensor:
     """a Fᵀ, (tokens, k)."""
     read, parts = F
     out = None
+    if torch.is_grad_enabled() and a.requires_grad:  # of a second backward: what is written into ``out`` has none
+        return torch.cat([a @ dense.t() for _, dense in read.by_rows(parts, a.dtype)], dim=1)
     for rows, dense in read.by_rows(parts, a.dtype):
         if dense.shape[0] == parts[0].shape[0]:
             return a @ dense.t()

@@ -37,7 +37,7 @@ def dense_gradient(g: Tensor, h: Tensor) -> Tensor:
     dtype = accumulator(h.dtype)
     if h.dtype == dtype:
         return g.t() @ h
-    if h.is_cuda:
+    if h.is_cuda and not torch.is_grad_enabled():  # it has no derivative of its own
         return torch.mm(g.t(), h, out_dtype=dtype)
     rank, most = h.shape[1], ROUNDED * max(1, _ENTRIES // h.shape[1] ** 2)
     total = h.new_zeros((rank, rank), dtype=dtype)

@@ -4,7 +4,8 @@
     backward    dL/dz = g Uᵀ,  dL/dh = dL/dz N + g Eᵀ,  dL/da = dL/dh V,  dL/dN = (dL/dz)ᵀ h
 
 The same products as :func:`qsvft.maths.updates.sparse_update` takes one node each for; of a k in the hundreds they are
-so small that on a card the time goes into starting them. Kept for the backward is h, (tokens, k).
+so small that on a card the time goes into starting them. Kept for the backward is h, (tokens, k); it is
+an output of the node too, which no one reads but a second backward: through it that one reaches a.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .basis import Held, Reader, times, times_transpose
 from .dense_coefficients import dense_gradient, scaled
@@ -31,29 +31,31 @@ class _DenseUpdate(torch.autograd.Function):
         reads: tuple[Reader, ...],
         counts: tuple[int, ...],
         *parts: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         V, U, *rest = _held(reads, counts, parts)
         E = rest[0] if rest else None
         h = times_transpose(a, V)
         N = scaled(values.view(h.shape[1], -1), scale, "rows").to(h.dtype)
         ctx.save_for_backward(h, values)
+        ctx.set_materialize_grads(False)
         ctx.scale, ctx.V, ctx.U, ctx.E, ctx.frozen = scale, V, U, E, len(parts)
         base = _plus(base, h, E) if E is not None else base
-        return _plus(base, h @ N.t(), U)
+        return _plus(base, h @ N.t(), U), h
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
         h, values = ctx.saved_tensors
-        grad_z = times_transpose(g.to(h.dtype), ctx.U)
         grad_a = grad_values = None
+        grad_z = None if g is None else times_transpose(g.to(h.dtype), ctx.U)
         if ctx.needs_input_grad[1]:
-            N = scaled(values.view(h.shape[1], -1), ctx.scale, "rows").to(h.dtype)
-            grad_h = grad_z @ N
-            if ctx.E is not None:
-                grad_h += times_transpose(g.to(h.dtype), ctx.E)
-            grad_a = times(grad_h, ctx.V)
-        if ctx.needs_input_grad[2]:
+            if g is not None and grad_z is not None:
+                N = scaled(values.view(h.shape[1], -1), ctx.scale, "rows").to(h.dtype)
+                through = grad_z @ N
+                if ctx.E is not None:
+                    through += times_transpose(g.to(h.dtype), ctx.E)
+                grad_h = through if grad_h is None else grad_h + through
+            grad_a = None if grad_h is None else times(grad_h, ctx.V)
+        if ctx.needs_input_grad[2] and grad_z is not None:
             grad_values = scaled(dense_gradient(grad_z, h), ctx.scale, "rows").to(values.dtype).view(-1)
         frozen = (None,) * (3 + ctx.frozen)
         return g if ctx.needs_input_grad[0] else None, grad_a, grad_values, *frozen
@@ -87,5 +89,5 @@ def dense_update(
     held = (V, U) if E is None else (V, U, E)
     reads, counts = tuple(F.read for F in held), tuple(len(F.parts) for F in held)
     parts = (part for F in held for part in F.parts)
-    result: Tensor = _DenseUpdate.apply(base, a, values, scale, reads, counts, *parts)
+    result: Tensor = _DenseUpdate.apply(base, a, values, scale, reads, counts, *parts)[0]
     return result

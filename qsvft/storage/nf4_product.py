@@ -9,6 +9,7 @@ Each slice is a product over the whole inner dimension, so nothing is summed in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -78,14 +79,24 @@ class _SlicedProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         weight, state = ctx.weight, ctx.state
-        m, n = state.shape
-        grad = g.new_empty(g.shape[0], n)
-        codes, absmax = weight.data.view(m, -1), block_maxima(state).view(m, -1)
-        for columns in slices(n, m * g.element_size(), state.blocksize, DENSE_BYTES):
-            packed = codes[:, columns.start // 2 : columns.stop // 2].contiguous()
-            maxima = absmax[:, columns.start // state.blocksize : columns.stop // state.blocksize].contiguous()
-            torch.mm(g, _dense(packed, maxima, state, g.dtype), out=grad[:, columns])
+        if torch.is_grad_enabled() and g.requires_grad:  # of a second backward: what is written into ``out`` has none
+            pieces = (g @ W for _, W in _by_columns(weight, state, g.dtype))
+            return torch.cat(list(pieces), dim=1), None, None, None
+        grad = g.new_empty(g.shape[0], state.shape[1])
+        for columns, W in _by_columns(weight, state, g.dtype):
+            torch.mm(g, W, out=grad[:, columns])
+            del W  # before the next one is made
         return grad, None, None, None
+
+
+def _by_columns(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, W's dense part), one after the other."""
+    m, n = state.shape
+    codes, absmax = weight.data.view(m, -1), block_maxima(state).view(m, -1)
+    for columns in slices(n, m * dtype.itemsize, state.blocksize, DENSE_BYTES):
+        packed = codes[:, columns.start // 2 : columns.stop // 2].contiguous()
+        maxima = absmax[:, columns.start // state.blocksize : columns.stop // state.blocksize].contiguous()
+        yield columns, _dense(packed, maxima, state, dtype)
 
 
 def block_maxima(state: QuantState) -> Tensor:

@@ -49,6 +49,19 @@ def test_outputs_and_gradients_are_the_same_bits_and_only_the_input_is_kept(kind
     assert kept == []
 
 
+@pytest.mark.parametrize("kind", NORMS, ids=lambda kind: kind.__name__)
+def test_they_are_differentiable_twice(kind):
+    def curvature(norm: nn.Module) -> torch.Tensor:
+        leaf = torch.linspace(-1, 2, 128).view(2, 64).requires_grad_()
+        (first,) = torch.autograd.grad(norm(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    norm = norm_of(kind, dtype=torch.float32)
+    expected = curvature(norm)
+    torch.testing.assert_close(curvature(lean_norms(nn.Sequential(norm))[0]), expected, rtol=1e-4, atol=1e-4)
+    assert expected.abs().max() > 0.1
+
+
 def test_an_rms_norm_of_transformers_keeps_more_without():
     *_, kept = output_gradient_and_kept(norm_of(LlamaRMSNorm), torch.randn(5, 64).bfloat16())
     assert any(t.dtype == torch.float32 for t in kept)

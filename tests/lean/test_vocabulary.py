@@ -107,6 +107,14 @@ def test_the_head_is_as_exact_as_a_linear_layer_on_the_matrix_held(bits, dtype, 
         assert distance(found, truth) <= 1.5 * distance(own, truth) + 1e-12
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_head_is_differentiable_twice(monkeypatch, bits):
+    monkeypatch.setattr(vocabulary, "SLICE_ROWS", 5)
+    model = quantize_embeddings(Vocabulary(12, 8), bits)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: model.head(x).pow(2), x)
+
+
 def test_the_gradients_error_does_not_grow_with_the_number_of_slices(monkeypatch):
     model = quantize_embeddings(Vocabulary(size=4096, width=64, dtype=torch.bfloat16, bias=False), 8)
     g = torch.randn(64, 4096).to(torch.bfloat16)

@@ -72,12 +72,24 @@ def test_for_the_backward_it_keeps_h_and_M_alone():
     assert kept[1] is values
 
 
-def test_a_second_derivative_is_refused():
-    U, V, (base, a, values) = problem(torch.float64)
-    y = two_sided_update(base, a, U, V, values, DensePattern(RANK), 1.0)
-    (first,) = torch.autograd.grad(y.square().sum(), values, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+@pytest.mark.parametrize("given_back", [False, True])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_it_is_differentiable_twice(monkeypatch, given_back, bits):
+    monkeypatch.setattr("qsvft.storage.stored_matrix.SLICE_BYTES", 1)  # a stretch at a time
+    U, V, _ = problem(torch.float64, bits)
+    rank, tokens = 3, 2
+    error = StoredBasis(StoredMatrix.hold(torch.randn(RANK, OUTPUTS) / 8, bits)).held(rank) if given_back else None
+    generator = torch.Generator().manual_seed(1)
+    base, a, values = (
+        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for shape in ((tokens, OUTPUTS), (tokens, INPUTS), (rank * rank,))
+    )
+
+    def update(base: Tensor, a: Tensor, values: Tensor) -> Tensor:
+        return dense_update(base, a, values, 0.7, V.held(rank), U.held(rank), error)
+
+    assert torch.autograd.gradcheck(update, (base, a, values))
+    assert torch.autograd.gradgradcheck(update, (base, a, values))
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 3000])

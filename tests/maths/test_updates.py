@@ -153,6 +153,7 @@ def test_gradcheck(form, m, n, k, pattern):
     p = make_problem(m, n, k, pattern, torch.float64, lead=(3,), d=2)
     inputs = (p.x.requires_grad_(), p.values.requires_grad_())
     assert torch.autograd.gradcheck(lambda x, values: ours(form, p, x, values), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, values: ours(form, p, x, values), inputs)
 
 
 @settings(max_examples=25, deadline=None)

@@ -50,6 +50,20 @@ def test_outputs_and_gradients_are_bitsandbytes_to_rounding(small_slices, m, n, 
 
 
 @SHAPES
+def test_it_is_differentiable_twice(small_slices, m, n):
+    layer, x = slice_products(layer_of(m, n, dtype=torch.float32)), torch.randn(3, n)
+    W = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+    def curvature(product) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(product(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    expected = curvature(lambda x: x @ W.T + layer.bias)
+    torch.testing.assert_close(curvature(layer), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@SHAPES
 def test_the_errors_are_no_larger_than_those_of_one_dense_product(small_slices, m, n):
     layer, x = slice_products(layer_of(m, n)), torch.randn(40, n).bfloat16()
     W = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
