@@ -101,6 +101,13 @@ MUTANTS = (
         ("maths/test_dense_update.py",),
     ),
     Mutant(
+        "what is merged depends on the process's default dtype",
+        "tuner/layer.py",
+        "torch.eye(self.in_features, dtype=torch.float32, device=W.device)",
+        "torch.eye(self.in_features, device=W.device)",
+        ("tuner/test_default_dtype.py::test_under_another_default_dtype_an_adapter_and_its_merge_are_the_same_bits",),
+    ),
+    Mutant(
         "damping missing in the scale",
         "maths/updates.py",
         "torch.maximum(s, rms * TAIL_DAMPING)",

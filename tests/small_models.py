@@ -69,7 +69,7 @@ def randomize(model: nn.Module, adapter: str = "default", scale: float = 0.5, se
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(f".qsvft_M.{adapter}"):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * scale)
     return model
 
 

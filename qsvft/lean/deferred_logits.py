@@ -131,7 +131,7 @@ class DeferredLogits:
         if isinstance(target, torch.dtype) and target.is_floating_point and len(args) + len(kwargs) == 1:
             return self._then("cast", target)
         if self._computed is None and isinstance(target, torch.device | str | int):
-            return DeferredLogits(self._call, self._steps, torch.empty(0, device=target).device)
+            return DeferredLogits(self._call, self._steps, torch.empty(0, dtype=torch.float32, device=target).device)
         return self.true().to(*args, **kwargs)
 
     def __mul__(self, other: Any) -> Any:

@@ -37,7 +37,7 @@ class CovarianceSketch:
         self.size, self.rank = size, rank
         width = min(rank + OVERSAMPLING, size)
         self._omega = None if width == size else start(size, 0, width).float().to(device)
-        self._Y = torch.zeros(size, width, device=device)
+        self._Y = torch.zeros(size, width, dtype=torch.float32, device=device)
         self.energy, self.count = 0.0, 0
 
     @torch.no_grad()

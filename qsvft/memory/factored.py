@@ -38,7 +38,7 @@ class FactoredLinear(nn.Module):
         self.register_buffer("U", U.contiguous())
         self.register_buffer("s", s)
         self.register_buffer("V", V.contiguous())
-        self.M = nn.Parameter(torch.zeros(k, device=weight.device))
+        self.M = nn.Parameter(torch.zeros(k, dtype=torch.float32, device=weight.device))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from peft.tuners.boft.layer import BOFTLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..lean.chunked_loss import enable_chunked_loss
@@ -178,8 +178,12 @@ def _peft(make: Callable[[int], PeftConfig], kbit: bool = False) -> Callable[[Me
 @contextmanager
 def _boft_without_values() -> Iterator[None]:
     """PEFT fills BOFT's permutation matrices on the CPU, 27 GiB for a 7B model; on meta they get no values."""
-    with torch.device("meta"), patch.object(BOFTLayer, "perm2mat", lambda _, order: torch.empty(2 * order.shape)):
+    with torch.device("meta"), patch.object(BOFTLayer, "perm2mat", _square):
         yield
+
+
+def _square(_: object, order: Tensor) -> Tensor:
+    return torch.empty(2 * order.shape, dtype=torch.float32)
 
 
 def _lora(rank: int) -> PeftConfig:

@@ -25,7 +25,7 @@ def dynamic_map() -> Tensor:
     for decade in range(_DECADES):
         means = numpy.float32(10.0 ** (decade + 1 - _DECADES)) * _means(2**decade)
         numbers = numpy.concatenate([numbers, means, -means])
-    return torch.tensor(numpy.sort(numbers))
+    return torch.from_numpy(numpy.sort(numbers))
 
 
 def _means(count: int) -> numpy.typing.NDArray[numpy.float32]:

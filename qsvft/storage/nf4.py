@@ -28,6 +28,14 @@ from .dynamic_map import dynamic_map
 BLOCK, NESTED_BLOCK = 64, 256
 """Elements that share a maximum, and maxima that share one of their own."""
 
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""What the 16 codes stand for (arXiv 2305.14314, appendix E). bitsandbytes' table has the process's default dtype."""
+
 FloatArray = numpy.typing.NDArray[numpy.float32]
 
 _STRETCH = 2**18
@@ -53,7 +61,7 @@ def nf4_parameter(weight: Tensor) -> Any:
     state = QuantState(
         absmax=nested,
         shape=weight.shape,
-        code=bnb.functional.get_4bit_type("nf4", device=weight.device),
+        code=torch.tensor(NF4, dtype=torch.float32, device=weight.device),
         blocksize=BLOCK,
         quant_type="nf4",
         dtype=weight.dtype,
@@ -138,8 +146,8 @@ def _packed(scaled: FloatArray) -> Tensor:
 @cache
 def _thresholds() -> FloatArray:
     """The middle between each two of the 16 numbers, in fp32."""
-    numbers = bnb.functional.get_4bit_type("nf4", device="cpu")
-    return ((numbers[1:] + numbers[:-1]) / 2).numpy()
+    numbers = numpy.array(NF4, numpy.float32)
+    return (numbers[1:] + numbers[:-1]) / numpy.float32(2)
 
 
 def empty_nf4_linear(layer: Any) -> nn.Module:

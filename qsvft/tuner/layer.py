@@ -95,7 +95,7 @@ class QSVFTLinear(AdaptedLinear):
             self.units[adapter_name] = float(unit_of(length, pattern.count))
         if form.kind != "both":
             self.qsvft_scale[adapter_name] = self._scale(adapter_name, weight, source, source is sources.own)
-        values = torch.zeros(self.pattern(adapter_name).count, device=weight.device)
+        values = torch.zeros(self.pattern(adapter_name).count, dtype=torch.float32, device=weight.device)
         self.qsvft_M[adapter_name] = Float32Parameter(values)
         self._set_probe(adapter_name, weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -252,7 +252,7 @@ class QSVFTLinear(AdaptedLinear):
         return self._delta(adapter, self.original_weight().float())
 
     def _delta(self, adapter: str, W: Tensor) -> Tensor:
-        unit = torch.eye(self.in_features, device=W.device)
+        unit = torch.eye(self.in_features, dtype=torch.float32, device=W.device)
         return self._apply_delta(adapter, unit, self.qsvft_M[adapter].detach(), W).T
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ class Float32Parameter(nn.Parameter):
     """An ``nn.Parameter`` in fp32 whose ``data`` cannot lose precision by a cast."""
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True, **_: Any) -> Float32Parameter:
-        data = torch.empty(0) if data is None else data.detach().to(torch.float32)
+        data = torch.empty(0, dtype=torch.float32) if data is None else data.detach().to(torch.float32)
         return super().__new__(cls, data, requires_grad)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from .config import QSVFTConfig
 
+# By the end of a class's name. What PEFT's class for a task always hands on has to be known to the model's forward: a
+# speech model takes no input_ids, and many a "ForConditionalGeneration" is a decoder that sees images.
 _TASKS = {
     "ForCausalLM": TaskType.CAUSAL_LM,
     "LMHeadModel": TaskType.CAUSAL_LM,
@@ -19,8 +22,16 @@ _TASKS = {
     "ForTokenClassification": TaskType.TOKEN_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
 }
-# Task heads that PEFT has no task type for; a fresh head has to be trained whole.
-_OTHER_HEADS = {"ForImageClassification": "classifier", "ForAudioClassification": "classifier"}
+_HANDED_ON = {TaskType.SEQ_2_SEQ_LM: ("input_ids", "decoder_input_ids")}
+_OTHER_TASKS = {TaskType.SEQ_2_SEQ_LM: TaskType.CAUSAL_LM}
+# Without a task type a fresh head has to be named, to be trained whole.
+_HEADS = {
+    "ForImageClassification": ("classifier",),
+    "ForAudioClassification": ("classifier",),
+    "ForSequenceClassification": ("projector", "classifier", "score"),
+    "ForTokenClassification": ("classifier", "score"),
+    "ForQuestionAnswering": ("qa_outputs",),
+}
 
 
 def config_for(model: nn.Module, options: Mapping[str, Any]) -> QSVFTConfig:
@@ -32,12 +43,21 @@ def config_for(model: nn.Module, options: Mapping[str, Any]) -> QSVFTConfig:
         raise ValueError(f"prepare(): unknown option {unknown[0]!r}; expected one of {', '.join(allowed)}")
     name = type(model).__name__
     if isinstance(model, PreTrainedModel):
-        task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
-        options.setdefault("task_type", task)
-        head = next((head for ending, head in _OTHER_HEADS.items() if name.endswith(ending)), None)
-        if head is not None and hasattr(model, head):
-            options.setdefault("modules_to_save", [head])
+        options.setdefault("task_type", task_of(type(model)))
+        known = next((heads for ending, heads in _HEADS.items() if name.endswith(ending)), ())
+        heads = [head for head in known if hasattr(model, head)]
+        if options["task_type"] is None and heads:
+            options.setdefault("modules_to_save", heads)
     return QSVFTConfig(**options)
+
+
+def task_of(kind: type[nn.Module]) -> TaskType | None:
+    """PEFT's task type for a class of models, None where PEFT has none whose arguments its forward takes."""
+    task = next((task for ending, task in _TASKS.items() if kind.__name__.endswith(ending)), None)
+    known = inspect.signature(kind.forward).parameters
+    while task is not None and not set(_HANDED_ON.get(task, ("input_ids",))) <= set(known):
+        task = _OTHER_TASKS.get(task)
+    return task
 
 
 def whole(config: QSVFTConfig) -> list[str]:

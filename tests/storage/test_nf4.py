@@ -18,7 +18,7 @@ def test_codes_and_maxima_are_those_of_bitsandbytes(shape, dtype):
     weight = torch.randn(*shape).to(dtype)
     found = nf4_parameter(weight)
     codes, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    assert torch.equal(found.data, codes)
+    assert torch.equal(found.data, codes) and torch.equal(found.quant_state.code, state.code)
     dense = bnb.functional.dequantize_4bit(found.data, found.quant_state)
     assert dense.shape == weight.shape and dense.dtype == dtype
     expected = bnb.functional.dequantize_4bit(codes, state)

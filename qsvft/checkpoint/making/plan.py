@@ -231,7 +231,7 @@ def _needed(stored: StoredForm, layer: LinearLayer) -> int:
 
 
 def _nothing(rows: int, columns: int) -> Tensor:
-    return torch.empty(rows, columns, device="meta")
+    return torch.empty(rows, columns, dtype=torch.float32, device="meta")
 
 
 def _read_cost(elements: int) -> float:

@@ -220,7 +220,7 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.empty(0, dtype=torch.float32, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device: expected 'cpu' or a device that is there, such as 'cuda', got {str(device)!r} "
