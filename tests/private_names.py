@@ -175,12 +175,6 @@ PRIVATE_NAMES = [
         _says("bitsandbytes.functional", ".packing_format_for_cpu = True"),
     ),
     PrivateName(
-        "bitsandbytes.functional.get_4bit_type",
-        "storage/nf4.py",
-        "the 16 numbers of NF4",
-        "the numbers as a documented constant",
-    ),
-    PrivateName(
         "bitsandbytes.nn.Int8Params.CB",
         "storage/quantization.py storage/weights.py",
         "the int8 rows, which a layer's first forward moves",
@@ -303,7 +297,10 @@ PRIVATE_NAMES = [
         "a documented way to a wrapper's active module",
     ),
     PrivateName(
-        "peft.utils.other.get_pattern_key", "tuner/targets.py", "PEFT's rule of rank_pattern", "a documented name"
+        "peft.utils.other.get_pattern_key",
+        "tuner/targets.py tuner/names.py",
+        "PEFT's rule of rank_pattern",
+        "a documented name",
     ),
     PrivateName(
         "concurrent.futures.ProcessPoolExecutor._processes",

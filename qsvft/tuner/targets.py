@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -15,6 +14,7 @@ from ..storage.residual import ResidualLinear
 from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
 from .config import DENSE_RANK, QSVFTConfig
+from .names import check_names, check_rank_pattern, linear_names
 
 
 def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[str] = ()) -> list[str]:
@@ -37,8 +37,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
     wanted.modules_to_save = [*(config.modules_to_save or []), *left_whole] or None
     if config.target_modules == "all-linear":
         wanted.target_modules = all_linear(model, wanted)
-    else:
-        _check_names(model, wanted)
+    check_names(model, config)
     adapters = [f"{name}." for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
     names = [
         name
@@ -49,8 +48,9 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         raise ValueError(
             f"no layer of {type(model).__name__} is left to adapt: target_modules={config.target_modules!r}, "
             f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}. Expected at "
-            f"least one linear layer; it has {_known(model) or 'none'}."
+            f"least one linear layer; it has {linear_names(model) or 'none'}."
         )
+    check_rank_pattern(config, names)
     shapes = {name: shape_of(model.get_submodule(name), name) for name in names}
     for name in names:
         layer = model.get_submodule(name)
@@ -142,26 +142,3 @@ def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int]) -> int:
             "module with exclude_modules."
         )
     return rank
-
-
-def _check_names(model: nn.Module, config: QSVFTConfig) -> None:
-    """Every name in a list of target modules must match a module; PEFT ignores a misspelt one."""
-    targets = config.target_modules
-    if targets is None or isinstance(targets, str):
-        return
-    modules = [name for name, _ in model.named_modules() if name]
-    for target in sorted(targets):
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            known = _known(model)
-            close = difflib.get_close_matches(target.split(".")[-1], known, n=3)
-            hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
-            raise ValueError(
-                f"target_modules: '{target}' matches no module of {type(model).__name__}; expected names of its linear "
-                f"layers, such as {', '.join(map(repr, known[:12])) or 'none: it has no linear layer'}.{hint}"
-            )
-
-
-def _known(model: nn.Module) -> list[str]:
-    """The last parts of the names of a model's linear layers."""
-    linear = (nn.Linear, Conv1D, AdaptedLinear)
-    return sorted({name.split(".")[-1] for name, m in model.named_modules() if name and isinstance(m, linear)})

@@ -1,0 +1,104 @@
+"""Names in a config that match nothing of the model: a mistake, and refused before anything is changed.
+
+PEFT passes over a misspelt name, or warns. A config that was saved with an adapter was checked when it was made, and
+its names may be those of another version of the model's class; only what it targets has to be there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..storage.weights import HeldLinear
+from .adapted import AdaptedLinear
+from .config import QSVFTConfig
+from .tasks import left_whole
+
+
+def check_names(model: nn.Module, config: QSVFTConfig) -> None:
+    """Refuse names of ``target_modules``, ``exclude_modules`` and ``modules_to_save`` that match nothing.
+
+    Raises:
+        ValueError: naming the field, the name, what the model has and what may have been meant.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if not isinstance(config.target_modules, str):
+        for name in sorted(config.target_modules or ()):
+            if not any(_is(one, name) for one in names):
+                _refuse(model, "target_modules", name, linear_names(model))
+    if config.base is not None:
+        return
+    if isinstance(config.exclude_modules, str):
+        if not any(_compiled("exclude_modules", config.exclude_modules).fullmatch(one) for one in names):
+            _refuse(model, "exclude_modules", config.exclude_modules, linear_names(model))
+    else:
+        single = {one for one in names if _is_single(model.get_submodule(one))}
+        for name in sorted(config.exclude_modules or ()):
+            if not any(_is(one, name) for one in single):
+                _refuse(model, "exclude_modules", name, linear_names(model))
+    added = left_whole(config)  # by PEFT, whichever of them the model has
+    for name in config.modules_to_save or ():
+        if name not in added and not any(one.endswith(name) for one in names):
+            _refuse(model, "modules_to_save", name, [one for one, _ in model.named_children()] + linear_names(model))
+
+
+def check_rank_pattern(config: QSVFTConfig, targets: Sequence[str]) -> None:
+    """Refuse a key of ``rank_pattern`` that is the rank of no layer.
+
+    Args:
+        config: the adapter's config.
+        targets: the names of the layers that it adapts.
+    """
+    if config.base is not None:
+        return
+    for key in config.rank_pattern:
+        _compiled("rank_pattern", key)
+        if not any(get_pattern_key([key], name) == key for name in targets):
+            known = sorted({name.rpartition(".")[2] for name in targets})
+            close = _hint(key.rpartition(".")[2], known)
+            raise ValueError(
+                f"rank_pattern: {key!r} matches none of the {len(targets)} layers that are adapted; expected names or "
+                f"regular expressions of theirs, such as {', '.join(map(repr, known[:12]))}.{close}"
+            )
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of a model's linear layers."""
+    linear = (nn.Linear, Conv1D, AdaptedLinear)
+    return sorted({name.split(".")[-1] for name, m in model.named_modules() if name and isinstance(m, linear)})
+
+
+def _is(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _is_single(module: nn.Module) -> bool:
+    """Whether a name excludes this module, and not its children, which go by their own."""
+    return isinstance(module, AdaptedLinear | HeldLinear) or not list(module.children())
+
+
+def _compiled(field: str, expression: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"{field}: {expression!r} is no regular expression ({error}); expected a name or a regular expression."
+        ) from error
+
+
+def _refuse(model: nn.Module, field: str, name: str, known: Collection[str]) -> None:
+    several = list(dict.fromkeys(known))
+    raise ValueError(
+        f"{field}: '{name}' matches no module of {type(model).__name__}; expected names of its linear layers, such as "
+        f"{', '.join(map(repr, several[:12])) or 'none: it has no linear layer'}.{_hint(name.split('.')[-1], several)}"
+    )
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f" Did you mean {', '.join(map(repr, close))}?" if close else ""
