@@ -108,6 +108,27 @@ MUTANTS = (
         ("tuner/test_default_dtype.py::test_under_another_default_dtype_an_adapter_and_its_merge_are_the_same_bits",),
     ),
     Mutant(
+        "who reads an adapted layer's weight passes over the adapter",
+        "tuner/adapted.py",
+        "return ReadWeight.of(held, self.module_name)",
+        "return held",
+        ("tuner/test_read_weight.py",),
+    ),
+    Mutant(
+        "a layer whose weight its parent reads is quantised",
+        "storage/quantization.py",
+        "name in skip_layers or name in read",
+        "name in skip_layers",
+        ("storage/test_linear_layers.py",),
+    ),
+    Mutant(
+        "a router is taken for a linear layer",
+        "storage/linear_layers.py",
+        "return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)",
+        "return True",
+        ("storage/test_linear_layers.py",),
+    ),
+    Mutant(
         "damping missing in the scale",
         "maths/updates.py",
         "torch.maximum(s, rms * TAIL_DAMPING)",
@@ -565,7 +586,7 @@ MUTANTS = (
     Mutant(
         "what is given back has no gradient",
         "maths/dense_update.py",
-        "grad_h += times_transpose(g.to(h.dtype), ctx.E)",
+        "through += times_transpose(g.to(h.dtype), ctx.E)",
         "pass",
         ("tuner/test_given_back.py",),
     ),

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .left_dense import report_dense
+from .linear_layers import is_linear, read_directly
 from .nf4 import empty_nf4_linear, nf4_parameter
 from .weights import HeldLinear, check_quant_state, check_weight, dense_dtype, dense_layer, dense_weight
 
@@ -34,7 +36,8 @@ def quantize(
     """Quantise every linear layer of a model in place, one matrix at a time.
 
     Left as they are: embeddings, the output head (``get_output_embeddings()``), linears that share
-    their weight with an embedding, modules that transformers keeps in fp32, and ``skip_modules``.
+    their weight with an embedding, layers whose weight their parent reads itself, modules that transformers
+    keeps in fp32, and ``skip_modules``. Where what stays dense is much, a warning names it with its bytes.
     A model that is quantised already is returned unchanged if its bits agree.
 
     Args:
@@ -48,8 +51,8 @@ def quantize(
         The same model.
 
     Raises:
-        ValueError: bits not in (4, 8, 16); the model holds other bits already; a weight on the meta
-            device, with NaN or Inf, or of an unsupported dtype.
+        ValueError: bits not in (4, 8, 16); the model holds other bits already; no layer that can be quantised; a
+            weight on the meta device, with NaN or Inf, or of an unsupported dtype.
     """
     if bits not in BITS:
         raise ValueError(f"bits must be 4 (NF4), 8 (int8) or 16 (base left as it is), got {bits!r}")
@@ -71,6 +74,7 @@ def quantize(
         return model
 
     targets, skipped = partition_linears(model, skip_modules or [], skip_layers)
+    report_dense(model, targets, [*(skip_modules or ()), *skip_layers], bits)
     dtypes: set[torch.dtype] = set()
     for name in targets:
         layer = model.get_submodule(name)
@@ -140,11 +144,12 @@ def partition_linears(
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     targets: list[str] = []
     skipped: list[str] = []
+    read = read_directly(model)
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, Conv1D):
+        if not is_linear(module):
             continue
         left_alone = module is head or id(module.weight) in embeddings or _under(name, [*keep_fp32, *skip])
-        left_alone = left_alone or name in skip_layers
+        left_alone = left_alone or name in skip_layers or name in read
         (skipped if left_alone else targets).append(name)
     return targets, skipped
 
@@ -212,7 +217,7 @@ def quantized_linear(layer: nn.Module, bits: int) -> nn.Module:
 
 def linear_names(model: nn.Module) -> list[str]:
     """The dense linear layers of a model."""
-    return [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    return [name for name, module in model.named_modules() if is_linear(module)]
 
 
 def set_flags(model: PreTrainedModel, bits: int, dtype: torch.dtype, skipped: list[str]) -> None:

@@ -20,6 +20,7 @@ from ..storage.nf4_product import slice_products
 from ..storage.weights import weight_as_held
 from .config import QSVFTConfig
 from .form import Form
+from .read_weight import ReadWeight
 
 
 class AdaptedLinear(nn.Module, BaseTunerLayer):
@@ -88,6 +89,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Where the adapters' tensors belong."""
         held = next((b for basis in self.qsvft_bases.values() for b in basis.buffers()), None)
         return held.device if held is not None else next(self.base_layer.parameters()).device
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's; while an adapter acts beside it, one that refuses to be multiplied with."""
+        held: Tensor = super().weight
+        acts = not (self.disable_adapters or self.merged) and any(name in self.qsvft_M for name in self.active_adapters)
+        if not acts or not held.is_floating_point() or torch.compiler.is_compiling():
+            return held
+        return ReadWeight.of(held, self.module_name)
 
     def original_base(self) -> nn.Module:
         """The base layer without any merged adapter."""

@@ -10,6 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..storage.linear_layers import is_other_linear, read_directly
 from ..storage.residual import ResidualLinear
 from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
@@ -52,13 +53,18 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         )
     check_rank_pattern(config, names)
     shapes = {name: shape_of(model.get_submodule(name), name) for name in names}
+    read = read_directly(model)
     for name in names:
         layer = model.get_submodule(name)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
+        if name in read:
             raise ValueError(
-                f"{name}: nn.MultiheadAttention reads this layer's weight itself, an adapter on it would do nothing. "
-                "Add it to exclude_modules."
+                f"{name}: {read[name]} reads this layer's weight itself, an adapter on it would do nothing. Add it to "
+                "exclude_modules."
+            )
+        if is_other_linear(layer):
+            raise TypeError(
+                f"{name}: cannot adapt a {type(layer).__name__}, whose forward computes something else than W x + b. "
+                "Leave it out of target_modules, or add it to exclude_modules."
             )
         check_weight(name, layer)
         rank_of(config, name, shapes[name])
@@ -92,14 +98,15 @@ def _check_dense(name: str, layer: nn.Module) -> None:
 
 
 def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
-    """The layers that "all-linear" means: PEFT's rule, less those that nn.MultiheadAttention never calls."""
+    """The layers that "all-linear" means: PEFT's rule, less those that their parent never calls (such as what
+    nn.MultiheadAttention reads), and subclasses of nn.Linear that compute something else."""
     wanted = copy.copy(config)
     wanted.target_modules = "all-linear"
     _maybe_include_all_linear_layers(wanted, model)
-    found = set(wanted.target_modules or ())
+    found = set(wanted.target_modules or ()) - set(read_directly(model))
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found -= {f"{name}.{child}" if name else child for child, _ in module.named_children()}
+        if is_other_linear(module):
+            found.discard(name)
         elif isinstance(module, HeldLinear) and (inside := {one for one in found if one.startswith(f"{name}.")}):
             found = found - inside | {name}  # the layer itself, not what it holds its weight in
     return found

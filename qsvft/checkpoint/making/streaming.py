@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import tqdm
 
+from ...storage.left_dense import report_dense
 from ...storage.quantization import linear_names
 from ...tuner.config import QSVFTConfig
 from ..prepared.quantizer import PreparedConfig
@@ -85,6 +86,7 @@ def run_job(job: Job, target: Directory, workers: int, device: torch.device, pro
     if target.clear_up():
         return target.folder
     target.check_new()
+    _report_dense(job)
     with target.locked():
         records = _resumed(job, target)
         pending = [number for number, unit in enumerate(job.units) if unit.name not in records]
@@ -127,12 +129,24 @@ def _resumed(job: Job, target: Directory) -> dict[str, Record]:
     return records
 
 
+def _report_dense(job: Job) -> None:
+    """Say what quantising leaves dense, as :func:`qsvft.quantize` does."""
+    options = job.options
+    if options.bits != 16:
+        report_dense(
+            job.model, _quantised(job), [*(options.config.modules_to_save or ()), *options.left_whole], options.bits
+        )
+
+
+def _quantised(job: Job) -> list[str]:
+    return [unit.layer.name for unit in job.units if unit.layer is not None and unit.layer.held != "dense"]
+
+
 def _config_json(job: Job) -> dict[str, Any]:
     """config.json of the prepared model."""
     config, options = job.model.config, job.options
     record = options.record()
-    layers = [unit.layer for unit in job.units if unit.layer is not None]
-    quantised = {layer.name for layer in layers if layer.held != "dense"}
+    quantised = set(_quantised(job))
     skipped = [] if options.bits == 16 else [name for name in linear_names(job.model) if name not in quantised]
     config.quantization_config = PreparedConfig(options.bits, options.dtype, skipped, record["adapter"])
     config.architectures = [type(job.model).__name__]

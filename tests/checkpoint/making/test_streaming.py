@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import load, same_tensors, save_llama
 from stored_models import factors_in
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import qsvft
 from qsvft.checkpoint.making import directory as targets
@@ -455,3 +455,20 @@ def test_factors_are_those_of_the_weight_as_held(llama, whole):
     assert torch.allclose(held, torch.linalg.svdvals(dense_weight(layer).double()), rtol=0.02, atol=0.02)
     dense = load(llama, torch.float32).model.layers[0].self_attn.o_proj.weight.detach().double()
     assert not torch.allclose(held, torch.linalg.svdvals(dense), rtol=0.02, atol=0.02)
+
+
+def test_what_stays_dense_is_said_before_the_work_begins(tmp_path, caplog):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
+    caplog.set_level("WARNING", logger="qsvft")
+    prepared(tmp_path / "source", tmp_path / "prepared", rank=8)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "MixtralExperts" in said and "model.layers.0.mlp.experts.gate_up_proj" in said
