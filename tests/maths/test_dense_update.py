@@ -90,6 +90,7 @@ def test_it_is_differentiable_twice(monkeypatch, given_back, bits):
 
     assert torch.autograd.gradcheck(update, (base, a, values))
     assert torch.autograd.gradgradcheck(update, (base, a, values))
+    assert torch.autograd.gradgradcheck(lambda *given: update(*given).square(), (base, a, values))
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257, 3000])
