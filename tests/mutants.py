@@ -124,9 +124,16 @@ MUTANTS = (
     Mutant(
         "a router is taken for a linear layer",
         "storage/linear_layers.py",
-        "return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)",
-        "return True",
+        "torch.allclose(found, expected, atol=1e-5)",
+        "True",
         ("storage/test_linear_layers.py",),
+    ),
+    Mutant(
+        "generating in training goes on from the last token alone",
+        "tuner/model.py",
+        "with evaluating(model):",
+        "if True:",
+        ("test_training.py::test_in_training_it_generates_what_it_generates_in_evaluation",),
     ),
     Mutant(
         "damping missing in the scale",

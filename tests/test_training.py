@@ -161,6 +161,20 @@ def test_generating_with_the_cache_gives_the_tokens_without_it(llama, form):
         assert not torch.equal(model.generate(input_ids=ids, use_cache=True, **options), cached)
 
 
+def test_in_training_it_generates_what_it_generates_in_evaluation(llama):
+    """A checkpointed layer takes no cache in training, of which generate() knows nothing."""
+    model = randomize(qsvft.prepare(load(llama, torch.float32, attention_dropout=0.5), bits=4)).train()
+    norm = model.base_model.model.model.norm.eval()
+    ids = tokens(2, 5)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    found = model.generate(input_ids=ids, **options)
+    assert model.training and not norm.training and model.base_model.model.model.layers[0].mlp.training
+    assert torch.equal(model.eval().generate(input_ids=ids, **options), found)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.train().generate(input_ids=ids, max_new_tokens=-1)
+    assert all(module.training for module in model.modules())
+
+
 @EACH_FORM
 def test_generating_between_steps_changes_no_bit_of_the_gradients(llama, form):
     gradients = []

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from ..lean.checkpointing import evaluating
 from ..lean.chunked_loss import disable_chunked_loss
 from ..lean.norms import plain_norms
 from ..lean.offload import stop_offloading
@@ -102,6 +103,12 @@ class QSVFTModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which in training writes what it writes in evaluation."""
+        model: Any = self.model
+        with evaluating(model):
+            return model.generate(*args, **kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
