@@ -136,6 +136,13 @@ MUTANTS = (
         ("test_training.py::test_in_training_it_generates_what_it_generates_in_evaluation",),
     ),
     Mutant(
+        "an adapter's file may overwrite the base",
+        "tuner/adapter_file.py",
+        "self._pass_over_base(key, model)",
+        "pass",
+        ("tuner/test_saving.py",),
+    ),
+    Mutant(
         "damping missing in the scale",
         "maths/updates.py",
         "torch.maximum(s, rms * TAIL_DAMPING)",

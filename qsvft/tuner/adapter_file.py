@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
 from ..maths.aligned import aligned
 from ..maths.patterns import IndexPattern
@@ -31,6 +32,7 @@ from .probe import OTHER_FACTORS, TOLERANCE, content_digest
 from .self_contained import FactorDigests, split_factors, stored_factors
 
 _RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest")
+_PARAMETERS = ("qsvft_M", "qsvft_probe")
 _PREFIX = "base_model.model."
 
 
@@ -89,18 +91,35 @@ class AdapterReader:
         self.records = {k: v for k, v in others.items() if k.rsplit(".", 1)[-1] in _RECORDS}
         self.parameters = {k: v for k, v in others.items() if k not in self.records}
 
-    def check(self, layers: list[tuple[str, QSVFTLinear]], adapter: str) -> None:
+    def check(self, layers: list[tuple[str, QSVFTLinear]], adapter: str, model: nn.Module) -> None:
         """Check every layer, then load patterns; raise ValueError at the first that does not fit."""
         bare = {name.removeprefix(_PREFIX): layer for name, layer in layers}
-        for key in self.parameters:
+        saved_whole = _saved_whole(model, adapter)
+        for key in list(self.parameters):
             owner, _, leaf = key.rpartition(".")
-            if leaf == "qsvft_M" and owner.removeprefix(_PREFIX) not in bare:
-                raise ValueError(
-                    f"{owner.removeprefix(_PREFIX)}: the adapter has an M for this layer, but the model has no such "
-                    f"adapted layer (it has {len(bare)}). It was made for another model, or with other target_modules."
-                )
+            if leaf in _PARAMETERS:
+                if owner.removeprefix(_PREFIX) not in bare:
+                    raise ValueError(
+                        f"{owner.removeprefix(_PREFIX)}: the adapter has an M for this layer, but the model has no "
+                        f"such adapted layer (it has {len(bare)}). It was made for another model, or with other "
+                        "target_modules."
+                    )
+            elif key not in saved_whole:
+                self._pass_over_base(key, model)
         for name, layer in bare.items():
             self._check_layer(name, layer, adapter)
+
+    def _pass_over_base(self, key: str, model: nn.Module) -> None:
+        """Leave out a tensor that the base has as it is (PEFT saves embeddings beside an adapter); refuse any other."""
+        found, state = self.parameters.pop(key), model.state_dict()
+        held = state.get(key, state.get(key.removeprefix(_PREFIX)))
+        if held is None or held.shape != found.shape or not torch.equal(held.to(found.device, found.dtype), found):
+            what = "no tensor of this adapter" if held is None else "a tensor of the base with other values"
+            raise ValueError(
+                f"{key.removeprefix(_PREFIX)}: the adapter's file has {what}; expected M, its records and factors, and "
+                "modules that its config names in modules_to_save. An adapter does not change the base: train such a "
+                "module with modules_to_save, or load the base that the adapter was trained on."
+            )
 
     def _find(self, name: str, leaf: str) -> Tensor:
         for key in (f"{_PREFIX}{name}.{leaf}", f"{name}.{leaf}"):
@@ -183,3 +202,13 @@ class AdapterReader:
             "Load it on the same checkpoint with the same bits and quantisation settings, for example "
             f"PeftModel.from_pretrained(qsvft.quantize(model, bits=4), adapter). {OTHER_FACTORS}"
         )
+
+
+def _saved_whole(model: nn.Module, adapter: str) -> set[str]:
+    """The state's keys of the modules that the adapter trains whole."""
+    return {
+        f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter).values()
+    }

@@ -141,7 +141,7 @@ class QSVFTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Check the saved adapter against this base, refuse it or hand M and the probe on."""
         reader = AdapterReader(state_dict, config, describe_model(model))
-        reader.check(named_layers(model, adapter_name), adapter_name)
+        reader.check(named_layers(model, adapter_name), adapter_name, model)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, reader.parameters)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:

@@ -530,3 +530,54 @@ def test_a_process_killed_while_it_saves_in_a_loop_leaves_a_whole_adapter(llama,
             fresh = load(llama)
         os.kill(process.pid, signal.SIGKILL)
     PeftModel.from_pretrained(base(llama), tmp_path / "adapter")
+
+
+def with_tensor(folder, target, key, tensor):
+    """A copy of an adapter whose file has one tensor more."""
+    shutil.copytree(folder, target)
+    save_file({**load_file(folder / WEIGHTS), key: tensor}, target / WEIGHTS)
+    return target
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.0.self_attn.q_proj.base_layer.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "lm_head.modules_to_save.other.weight",
+        "anything",
+    ],
+)
+def test_an_adapter_that_brings_tensors_of_the_base_is_refused_and_changes_nothing(llama, saved, tmp_path, prefix, key):
+    model = base(llama)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    bad = with_tensor(saved[0], tmp_path / "bad", f"{prefix}{key}", torch.full((4, 4), 7.0))
+    with pytest.raises(ValueError, match=rf"{key}: the adapter's file has (no|a) tensor .* modules_to_save"):
+        PeftModel.from_pretrained(model, bad)
+    after = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+def test_embeddings_that_peft_saves_beside_an_adapter_have_to_be_those_of_the_base(llama, saved, tmp_path):
+    model = PeftModel.from_pretrained(base(llama), saved[0])
+    model.save_pretrained(tmp_path / "same", save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / "same" / WEIGHTS))
+    again = PeftModel.from_pretrained(base(llama), tmp_path / "same")
+    assert torch.equal(logits(again), saved[1])
+    other = model.get_input_embeddings().weight.detach().clone()
+    other[5] += 1
+    bad = with_tensor(saved[0], tmp_path / "other", "base_model.model.model.embed_tokens.weight", other)
+    with pytest.raises(
+        ValueError, match=r"model\.embed_tokens\.weight: the adapter's file has a tensor of the base with"
+    ):
+        PeftModel.from_pretrained(base(llama), bad)
+
+
+def test_a_probe_of_a_layer_that_is_not_adapted_is_refused(llama, saved, tmp_path):
+    bad = with_tensor(saved[0], tmp_path / "bad", "base_model.model.lm_head.qsvft_probe", torch.zeros(8))
+    with pytest.raises(ValueError, match="lm_head: the adapter has an M for this layer, but the model has no such"):
+        PeftModel.from_pretrained(base(llama), bad)
