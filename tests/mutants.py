@@ -586,8 +586,8 @@ MUTANTS = (
     Mutant(
         "unit counts the rank for the entries",
         "tuner/layer.py",
-        "unit_of(length, pattern.count)",
-        "unit_of(length, pattern.rank)",
+        "unit_of(length, pattern.count, pattern.rank)",
+        "unit_of(length, pattern.rank, pattern.rank)",
         ("tuner/test_layer.py::test_the_delta_weight_is_the_dense_reference",),
     ),
     Mutant(
@@ -654,9 +654,9 @@ MUTANTS = (
         ("tuner/test_given_back.py",),
     ),
     Mutant(
-        "one learning rate for all, given back or not",
+        "one learning rate for all, dense between singular vectors or not",
         "tuner/learning_rate.py",
-        "return RATE_GIVEN_BACK if",
+        "return RATE_OF_WEIGHT if",
         "return RATE if",
         ("tuner/test_learning_rate.py",),
     ),

@@ -160,7 +160,7 @@ def test_the_whole_flow_from_checkpoint_to_merged_checkpoint(family, tmp_path, f
     assert moved - M == head
     assert len(moved & M) > 0.9 * len(M)
 
-    randomize(model, scale=0.3)
+    randomize(model, scale=0.6)
     expected = outputs(architecture, model)
     assert error(expected, base) > 0.1
     model.save_pretrained(tmp_path / "adapter")

@@ -53,6 +53,12 @@ def test_there_are_seven_rooms_and_the_doors_and_nothing_lies_about():
     assert {path.stem for path in PACKAGE.glob("*.py")} == DOORS | {"__init__", "version"}
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """A process that a test starts finds the test's functions by the file's name alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_table_of_rooms_is_the_contract():
     table = re.findall(r"^\| `([^`|]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
     contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

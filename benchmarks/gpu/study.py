@@ -58,7 +58,7 @@ class Study:
     seed: int = 0
 
 
-RATES = {"qsvft": (5e-3, 2e-3, 1e-2), "qlora r=16": (2e-3, 5e-3, 1e-3)}
+RATES = {"qsvft": (4e-2, 2e-2, 8e-2), "qlora r=16": (2e-3, 5e-3, 1e-3)}
 
 
 def run(suite: Suite, study: Study) -> None:

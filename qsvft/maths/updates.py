@@ -97,20 +97,24 @@ def output_side_update(y: Tensor, wx: Tensor, U: Basis, inverse_s: Tensor, value
     return sparse_update(y, wx, U, U, values, pattern, inverse_s, "columns")
 
 
-def unit_of(length: Tensor, entries: int) -> Tensor:
-    """alpha = |W|_F / sqrt(entries): an M of alpha times ones makes a change as large as W, |U M Vᵀ|_F = |W|_F.
+def unit_of(length: Tensor, entries: int, rank: int) -> Tensor:
+    """alpha = (|W|_F / sqrt(k)) / e with e entries in a row of M: a row of alpha times ones sums to a typical |W v|.
 
-    In this unit one step of AdamW at the learning rate r, which moves every entry by about r, changes W by r |W|
-    whatever the pattern, the rank and the width.
+    One step of AdamW at the learning rate r moves every entry by at most about r, and where all entries of a row move
+    together, as they do while the gradient keeps its sign, the step changes W v by r of its size, |W|_F / sqrt(k) being
+    the root mean square of |W v| over k directions that hold W. So one rate does whatever the pattern, the rank and the
+    width. Counting the entries' squares in place of their sum (alpha = |W|_F / sqrt(entries), as for independent signs)
+    left best rates apart by the square root of e; see ``docs/quality.md``.
 
     Args:
         length: |W|_F, a scalar; for directions from data what :mod:`qsvft.tuner.calibration` measures in its place.
         entries: how many entries of M train.
+        rank: k, the rows of M.
 
     Returns:
         A scalar in fp32; 1 for a weight that is all zeros.
     """
-    alpha = (length.double() / entries**0.5).float()
+    alpha = (length.double() * rank**0.5 / entries).float()
     return torch.where(alpha > torch.finfo(torch.float32).tiny, alpha, torch.ones_like(alpha))
 
 

@@ -4,9 +4,9 @@
     U  the leading eigenvectors of Σ g gᵀ           over the gradients g of the loss by the layer's outputs
 
 Sums run over the tokens of the batches; alpha (``unit="weight"``) is measured on them too, so that an M of alpha times
-random signs changes W x by as much as W x is on average:
+ones changes W x by at most as much as W x is on average:
 
-    alpha² = Σ |W x|² / (k Σ |Vᵀ x|²)           |W|_F² / k² where x is as large in every direction
+    alpha² = Σ |W x|² / (k² Σ |Vᵀ x|²)          |W|_F² / k³ where x is as large in every direction
 
 With ``residual=True`` also what the base's rounding took from V, see :mod:`qsvft.tuner.given_back`.
 

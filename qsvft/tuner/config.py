@@ -74,9 +74,9 @@ class QSVFTConfig(PeftConfig):
         off_diagonals: d. The band has k(2d+1) - d(d+1) entries; random and top_k take as many.
             Ignored by "plain" and "dense".
         sides: "both" holds U and V, as the paper does, "one" only the factor of the smaller side.
-        unit: what 1 in M stands for. "weight": a change of W as large as W itself, alpha = |W|_F / sqrt(entries), so
-            that a step at one learning rate is as large for every pattern, rank and width; "one": 1, as in the
-            paper. None is "weight", and "one" for an adapter saved before there was a choice.
+        unit: what 1 in M stands for. "weight": a row of ones changes W v by as much as W v is, alpha = |W|_F sqrt(k) /
+            entries, so that a step at one learning rate is as large for every pattern, rank and width; "one": 1, as
+            in the paper. None is "weight", and "one" for an adapter saved before there was a choice.
         seed: seed of the random pattern.
         factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation). None is
             8 for a dense M and for directions from data, and 16 otherwise.

@@ -92,7 +92,7 @@ class QSVFTLinear(AdaptedLinear):
         if config.unit == "weight" and not weight.is_meta:
             on_data = source.lengths.get(self.module_name) if isinstance(source, DataDirections) else None
             length = frobenius_norm(weight) if on_data is None else torch.tensor(on_data, dtype=torch.float64)
-            self.units[adapter_name] = float(unit_of(length, pattern.count))
+            self.units[adapter_name] = float(unit_of(length, pattern.count, pattern.rank))
         if form.kind != "both":
             self.qsvft_scale[adapter_name] = self._scale(adapter_name, weight, source, source is sources.own)
         values = torch.zeros(self.pattern(adapter_name).count, dtype=torch.float32, device=weight.device)

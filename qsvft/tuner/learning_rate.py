@@ -7,16 +7,16 @@ from torch import nn
 
 from .config import QSVFTConfig
 
-RATE, RATE_GIVEN_BACK = 4e-3, 2e-3
+RATE, RATE_OF_WEIGHT = 2e-2, 4e-2
 
 
 def suggest_learning_rate(model_or_config: nn.Module | QSVFTConfig, adapter_name: str | None = None) -> float:
     """A learning rate for AdamW without decay, with warm-up and a falling schedule.
 
-    With ``unit="weight"`` a step of AdamW at the rate r changes a weight by about r of its size, whatever the pattern,
-    the rank and the width, so that one number does for all: 4e-3, and half of that where the adapter gives back what
-    quantising took (``residual=True`` with directions from data). Best of sweeps in powers of two on a language model
-    of 135M parameters, see ``docs/quality.md``; the rates beside it were the best of some forms and tasks.
+    With ``unit="weight"`` a step of AdamW at the rate r changes a weight by at most about r of its size, whatever the
+    pattern, the rank and the width, so that one number does for all: 2e-2, and twice that for a dense M between
+    singular vectors. Best of sweeps in powers of two on a language model of 135M parameters, see ``docs/quality.md``;
+    of no form and task there the best was further away than a factor of two and a quarter.
 
     Args:
         model_or_config: what :func:`qsvft.prepare` gave, or a config.
@@ -32,7 +32,7 @@ def suggest_learning_rate(model_or_config: nn.Module | QSVFTConfig, adapter_name
             "suggest_learning_rate(): found unit='one', in which the best rate depends on pattern, rank and model; "
             "expected unit='weight'. The paper takes 5e-2 for plain and 1e-3 to 5e-3 for banded."
         )
-    return RATE_GIVEN_BACK if config.gives_back else RATE
+    return RATE_OF_WEIGHT if config.pattern == "dense" and config.basis == "singular" else RATE
 
 
 def _of_model(model: nn.Module, adapter_name: str | None) -> QSVFTConfig:

@@ -111,15 +111,23 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_ones_in_units_of_the_weight_make_a_change_as_large_as_the_weight(pattern):
+def test_the_rows_of_ones_in_units_of_the_weight_sum_to_a_typical_direction_of_it(pattern):
     p = make_problem(20, 50, 7, pattern, torch.float64, d=2)
     length = torch.linalg.matrix_norm(p.W)
-    M = p.pattern.dense(unit_of(length, p.pattern.count).double() * torch.ones_like(p.values))
-    torch.testing.assert_close(torch.linalg.matrix_norm(p.U.T @ M @ p.V), length, rtol=1e-6, atol=0)
+    M = p.pattern.dense(unit_of(length, p.pattern.count, 7).double() * torch.ones_like(p.values))
+    torch.testing.assert_close(M.sum(1).mean(), length / 7**0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("pattern", [DensePattern(30), plain(30)], ids=["dense", "plain"])
+def test_where_all_entries_move_together_the_weight_changes_by_its_own_size(pattern):
+    """The largest change of a unit vector is the root mean square of |W v|."""
+    length = torch.tensor(4.0, dtype=torch.float64)
+    M = pattern.dense(unit_of(length, pattern.count, 30).double() * torch.ones(pattern.count, dtype=torch.float64))
+    torch.testing.assert_close(torch.linalg.matrix_norm(M, 2), length / 30**0.5, rtol=1e-6, atol=0)
 
 
 def test_a_weight_of_zeros_has_the_unit_one():
-    assert unit_of(torch.tensor(0.0), 5) == 1
+    assert unit_of(torch.tensor(0.0), 5, 5) == 1
 
 
 EACH_PATTERN = pytest.mark.parametrize("pattern", PATTERNS)

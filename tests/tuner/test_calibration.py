@@ -225,8 +225,8 @@ def test_the_first_batches_of_a_loader_are_enough(llama):
     assert len(drawn) == 16
 
 
-def test_an_m_of_alpha_changes_the_outputs_by_as_much_as_they_are():
-    """alpha² = Σ |W x|² / (k Σ |Vᵀ x|²), of W x without the bias, on the very batches."""
+def test_signs_in_units_of_alpha_change_the_outputs_by_their_size_over_the_root_of_k():
+    """alpha² = Σ |W x|² / (k² Σ |Vᵀ x|²), of W x without the bias, on the very batches."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.GELU(), torch.nn.Linear(64, 40))
     net[0].bias.data += 5.0
@@ -238,12 +238,12 @@ def test_an_m_of_alpha_changes_the_outputs_by_as_much_as_they_are():
     for name, layer in layers(adapted).items():
         x, W = inputs[name].detach().double(), layer.original_weight().double()
         V = layer.basis(layer.forms["default"].inward).dense(torch.float64)
-        expected = (x @ W.T).square().sum() / (8 * (x @ V.T).square().sum())
+        expected = (x @ W.T).square().sum() / (8**2 * (x @ V.T).square().sum())
         assert layer.units["default"] ** 2 == pytest.approx(float(expected), rel=0.02), name
         signs = torch.randn(64, generator=torch.Generator().manual_seed(1)).sign()
         layer.qsvft_M["default"].data = signs
         change = x @ layer.get_delta_weight("default").double().T
-        assert 0.5 < float(change.norm() / (x @ W.T).norm()) < 2, name
+        assert 0.5 < 8**0.5 * float(change.norm() / (x @ W.T).norm()) < 2, name
 
 
 @pytest.mark.parametrize("prepared_for", ["singular", "data"])

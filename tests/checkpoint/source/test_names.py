@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import re
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -278,8 +279,10 @@ def test_another_process_reads_the_same(tmp_path):
     pieces = pieces_of(checkpoint, empty_model(checkpoint)).pieces
     assert pickle.loads(pickle.dumps(pieces)) == pieces
     assert json.loads(json.dumps([asdict(piece) for piece in pieces])) is not None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_digests, (checkpoint, pieces)) == _digests(checkpoint, pieces)
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn")
+    ) as pool:  # it says so where a process cannot begin
+        assert pool.submit(_digests, checkpoint, pieces).result() == _digests(checkpoint, pieces)
 
 
 def test_a_file_that_changed_after_matching_is_not_read(tmp_path):
