@@ -327,7 +327,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "torch.distributed.fsdp._common_utils._fsdp_wrapped_module",
-        "tuner/model.py",
+        "tuner/model.py tuner/adapter_file.py",
         "FSDP's part of a module's name, which state_dict has not",
         "FSDP 2 alone, which adds nothing to names",
         _says("torch.distributed.fsdp._common_utils", '"_fsdp_wrapped_module"'),

@@ -381,14 +381,18 @@ def test_an_adapters_state_has_nothing_of_the_vocabulary(folder):
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
-def test_embedding_layers_that_are_saved_with_an_adapter_come_back_with_it(folder, tmp_path):
-    """PEFT saves them of its own where the vocabulary was resized."""
+def test_embedding_layers_that_are_saved_with_an_adapter_have_to_be_those_of_the_base(folder, tmp_path):
+    """PEFT saves them of its own where the vocabulary was resized. An adapter does not change the base."""
     model = randomize(prepared(folder))
     model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(folder, 4, 8), tmp_path)), logits(model))
     other = base(folder, 4, 8)
-    other.model.embed_tokens.stored.codes.zero_()
     other.lm_head.stored.codes.zero_()
-    assert torch.equal(logits(PeftModel.from_pretrained(other, tmp_path)), logits(model))
+    with pytest.raises(
+        ValueError, match=r"stored\.codes: the adapter's file has a tensor of the base with other values"
+    ):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert not other.lm_head.stored.codes.any()
 
 
 def test_checkpointing_with_input_gradients_changes_no_bit_of_the_gradients(folder):
@@ -562,7 +566,7 @@ def test_what_needs_a_dense_weight_is_told_what_to_do(model):
     quantize_embeddings(model, 8)
     with pytest.raises(AttributeError, match=r"model\.embed_tokens: expected a dense weight, .* resize before quant"):
         model.resize_token_embeddings(200)
-    with pytest.raises(AttributeError, match=r"lm_head: .* skip_modules=\['lm_head'\], or call .*dequantize_voc"):
+    with pytest.raises(AttributeError, match=r"lm_head: .* quantize_embeddings at 16, or call .*dequantize_voc"):
         _ = model.lm_head.weight
     assert not hasattr(model.lm_head, "weight")
     dequantize_vocabulary(model).resize_token_embeddings(200, mean_resizing=False)

@@ -70,7 +70,7 @@ def dense_delta(layer, W, name="default"):
     """dW of each form as its docstring defines it, differentiable in M."""
     M = dense_M(layer, name)
     if layer.settings[name].unit == "weight":
-        M = M * (W.norm() / layer.qsvft_M[name].numel() ** 0.5)
+        M = M * (W.norm() * M.shape[0] ** 0.5 / layer.qsvft_M[name].numel())
     k = M.shape[0]
     U, V = (held_rows(layer, side, k) for side in "UV")
     if layer.settings[name].sides == "both":
