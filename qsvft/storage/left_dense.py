@@ -36,7 +36,7 @@ def report_dense(model: nn.Module, targets: Sequence[str], asked: Collection[str
     left = {
         name: p
         for name, p in model.named_parameters()
-        if p.dim() > 1 and p.is_floating_point() and id(p) not in others and not _under(name, asked)
+        if p.dim() > 1 and p.is_floating_point() and id(p) not in others and not under(name, asked)
     }
     numbers = sum(p.numel() for p in left.values())
     if not targets:
@@ -66,5 +66,6 @@ def _kinds(left: dict[str, nn.Parameter], owners: dict[int, nn.Module]) -> str:
     return ", ".join(sorted({type(owners[id(p)]).__name__ for p in left.values()})) or "nothing"
 
 
-def _under(name: str, parts: Collection[str]) -> bool:
+def under(name: str, parts: Collection[str]) -> bool:
+    """Whether one of the dotted parts stands in the dotted name, whole components only."""
     return any(f".{part}." in f".{name}." for part in parts)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .left_dense import report_dense
+from .left_dense import report_dense, under
 from .linear_layers import is_linear, read_directly
 from .nf4 import empty_nf4_linear, nf4_parameter
 from .weights import HeldLinear, check_quant_state, check_weight, dense_dtype, dense_layer, dense_weight
@@ -148,7 +148,7 @@ def partition_linears(
     for name, module in model.named_modules():
         if not is_linear(module):
             continue
-        left_alone = module is head or id(module.weight) in embeddings or _under(name, [*keep_fp32, *skip])
+        left_alone = module is head or id(module.weight) in embeddings or under(name, [*keep_fp32, *skip])
         left_alone = left_alone or name in skip_layers or name in read
         (skipped if left_alone else targets).append(name)
     return targets, skipped
@@ -165,11 +165,6 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
 def _replace(model: nn.Module, names: list[str], new: nn.Module) -> None:
     for name in names:
         model.set_submodule(name, new)
-
-
-def _under(name: str, parts: list[str]) -> bool:
-    """Whether one of the dotted parts stands in the dotted name, whole components only."""
-    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def _quantized_layer(layer: Any, bits: int, done: dict[int, nn.Parameter]) -> nn.Module:

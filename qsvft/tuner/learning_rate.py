@@ -16,7 +16,7 @@ def suggest_learning_rate(model_or_config: nn.Module | QSVFTConfig, adapter_name
     With ``unit="weight"`` a step of AdamW at the rate r changes a weight by at most about r of its size, whatever the
     pattern, the rank and the width, so that one number does for all: 2e-2, and twice that for a dense M between
     singular vectors. Best of sweeps in powers of two on a language model of 135M parameters, see ``docs/quality.md``;
-    of no form and task there the best was further away than a factor of two and a quarter.
+    of no form and task there the best was further away than a factor of 2.3.
 
     Args:
         model_or_config: what :func:`qsvft.prepare` gave, or a config.

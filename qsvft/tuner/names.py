@@ -30,21 +30,21 @@ def check_names(model: nn.Module, config: QSVFTConfig) -> None:
     if not isinstance(config.target_modules, str):
         for name in sorted(config.target_modules or ()):
             if not any(_is(one, name) for one in names):
-                _refuse(model, "target_modules", name, linear_names(model))
+                _refuse(model, "target_modules", name, short_names(model))
     if config.base is not None:
         return
     if isinstance(config.exclude_modules, str):
         if not any(_compiled("exclude_modules", config.exclude_modules).fullmatch(one) for one in names):
-            _refuse(model, "exclude_modules", config.exclude_modules, linear_names(model))
+            _refuse(model, "exclude_modules", config.exclude_modules, short_names(model))
     else:
         single = {one for one in names if _is_single(model.get_submodule(one))}
         for name in sorted(config.exclude_modules or ()):
             if not any(_is(one, name) for one in single):
-                _refuse(model, "exclude_modules", name, linear_names(model))
+                _refuse(model, "exclude_modules", name, short_names(model))
     added = left_whole(config)  # by PEFT, whichever of them the model has
     for name in config.modules_to_save or ():
         if name not in added and not any(one.endswith(name) for one in names):
-            _refuse(model, "modules_to_save", name, [one for one, _ in model.named_children()] + linear_names(model))
+            _refuse(model, "modules_to_save", name, [one for one, _ in model.named_children()] + short_names(model))
 
 
 def check_rank_pattern(config: QSVFTConfig, targets: Sequence[str]) -> None:
@@ -67,7 +67,7 @@ def check_rank_pattern(config: QSVFTConfig, targets: Sequence[str]) -> None:
             )
 
 
-def linear_names(model: nn.Module) -> list[str]:
+def short_names(model: nn.Module) -> list[str]:
     """The last parts of the names of a model's linear layers."""
     linear = (nn.Linear, Conv1D, AdaptedLinear)
     return sorted({name.split(".")[-1] for name, m in model.named_modules() if name and isinstance(m, linear)})

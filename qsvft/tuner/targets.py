@@ -15,7 +15,7 @@ from ..storage.residual import ResidualLinear
 from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
 from .config import DENSE_RANK, QSVFTConfig
-from .names import check_names, check_rank_pattern, linear_names
+from .names import check_names, check_rank_pattern, short_names
 
 
 def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[str] = ()) -> list[str]:
@@ -49,7 +49,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         raise ValueError(
             f"no layer of {type(model).__name__} is left to adapt: target_modules={config.target_modules!r}, "
             f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}. Expected at "
-            f"least one linear layer; it has {linear_names(model) or 'none'}."
+            f"least one linear layer; it has {short_names(model) or 'none'}."
         )
     check_rank_pattern(config, names)
     shapes = {name: shape_of(model.get_submodule(name), name) for name in names}
