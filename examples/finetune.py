@@ -48,7 +48,7 @@ TRAINED_ON, HELD_OUT = 4000, 200  # how many examples of the built-in task
 CALIBRATED_ON = 4  # batches
 # By how much a step changes a weight, in units of the weight. The built-in task is all new to the small model; what a
 # large one is fine-tuned on is not, and takes what qsvft suggests.
-OWN_RATE, OWN_RANK = 5e-2, 64
+OWN_RATE, OWN_RANK = 4e-1, 64
 IGNORED = -100  # the label of a token that the loss leaves out
 
 
