@@ -334,7 +334,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "torch.nn.Module._apply",
-        "lean/vocabulary.py storage/residual.py storage/stored_matrix.py tuner/layer.py",
+        "lean/vocabulary.py storage/residual.py storage/stored_matrix.py tuner/layer.py tuner/parameter.py",
         "moves and casts reach tensors here: some keep their dtype, some are no submodule's",
         "a public hook of to()",
     ),

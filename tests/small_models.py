@@ -59,7 +59,7 @@ def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
 
 def coefficients(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
     """Every M of an adapter, by parameter name, as copies."""
-    ending = f".qsvft_M.{adapter}"
+    ending = f".qsvft_M.{adapter}.weight"
     return {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(ending)}
 
 
@@ -68,7 +68,7 @@ def randomize(model: nn.Module, adapter: str = "default", scale: float = 0.5, se
     """Give every M of an adapter values as after some training."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith(f".qsvft_M.{adapter}"):
+        if name.endswith(f".qsvft_M.{adapter}.weight"):
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * scale)
     return model
 

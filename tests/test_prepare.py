@@ -157,7 +157,7 @@ def test_linears_that_share_a_weight_keep_sharing_it_and_learn_apart(bits, form)
     one, two = adapted(model).values()
     assert one.base_layer.weight is two.base_layer.weight
     model(torch.randn(3, 32)).sum().backward()
-    assert not torch.equal(one.qsvft_M["default"].grad, two.qsvft_M["default"].grad)
+    assert not torch.equal(one.M("default").grad, two.M("default").grad)
 
 
 def test_a_fresh_classification_head_trains_whole_and_dense(llama):

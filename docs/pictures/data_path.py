@@ -52,7 +52,7 @@ def adapted(factor_bits: int) -> QSVFTLinear:
 def facts() -> Facts:
     layers = {bits: adapted(bits) for bits in (16, 8, 4)}
     layer = layers[16]
-    (M,) = layer.qsvft_M.values()
+    M = layer.M("default")
     assert [p.requires_grad for p in layer.parameters()] == [p is M for p in layer.parameters()]
     (pattern,) = layer.qsvft_pattern.values()
     assert M.numel() == RANK * RANK

@@ -6,6 +6,7 @@ The layer itself (:mod:`qsvft.tuner.layer`) computes with this; what attaches, s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -20,6 +21,7 @@ from ..storage.nf4_product import slice_products
 from ..storage.weights import weight_as_held
 from .config import QSVFTConfig
 from .form import Form
+from .parameter import Coefficients, with_coefficients
 from .read_weight import ReadWeight
 
 
@@ -58,7 +60,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.forms: dict[str, Form] = {}
         self.units: dict[str, float] = {}
         self.came_from: dict[str, FactorSource | None] = {}
-        self.qsvft_M = nn.ParameterDict()
+        self.qsvft_M = nn.ModuleDict()
         self.qsvft_pattern = nn.ModuleDict()
         self.qsvft_probe = BufferDict({}, persistent=True)
         # Not persistent, so that PEFT does not save them; not keyed by adapter, so that it does not upcast them.
@@ -67,6 +69,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.base_digest: bytes = b""
         self.merged_adapters: list[str] = []
         self._unmerged: list[nn.Module] = []  # in a list: it is not part of the module tree
+        self.register_load_state_dict_pre_hook(_take_old_names)
+
+    def M(self, adapter: str) -> nn.Parameter:  # noqa: N802 - the paper's name
+        """The entries of an adapter's M, in its pattern's order."""
+        held = self.qsvft_M[adapter]
+        assert isinstance(held, Coefficients)
+        return held.weight
 
     def pattern(self, adapter: str) -> patterns.Pattern:
         """The pattern of an adapter."""
@@ -106,3 +115,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def original_weight(self) -> Tensor:
         """The base weight (m, n) as held, dense and without merged adapters."""
         return weight_as_held(self.original_base(), self.in_features)
+
+
+def _take_old_names(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *__: Any) -> None:
+    """Before a state is loaded: M under the names that it had."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}qsvft_M.")]:
+        state_dict[with_coefficients(key)] = state_dict.pop(key)

@@ -2,7 +2,7 @@
 
 For each adapted layer, in adapter_model.safetensors:
 
-    <layer>.qsvft_M        (entries,) fp32    the entries of M, row-major
+    <layer>.qsvft_M.weight (entries,) fp32    the entries of M, row-major (once <layer>.qsvft_M)
     <layer>.qsvft_probe    (8,) fp32          fingerprint of the adapted map (see probe.py)
     <layer>.qsvft_base     (32,) uint8        SHA-256 of the base weight as stored
     <layer>.qsvft_entries  (entries,) int64   top_k only: positions i * k + j
@@ -28,11 +28,12 @@ from ..maths.aligned import aligned
 from ..maths.patterns import IndexPattern
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
+from .parameter import with_coefficients
 from .probe import OTHER_FACTORS, TOLERANCE, content_digest
 from .self_contained import FactorDigests, split_factors, stored_factors
 
 _RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest")
-_PARAMETERS = ("qsvft_M", "qsvft_probe")
+_M, _PROBE = "qsvft_M.weight", "qsvft_probe"
 _PREFIX = "base_model.model."
 
 
@@ -59,7 +60,7 @@ def _add_records(
     selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adapter: str, digests: FactorDigests
 ) -> None:
     pattern = layer.pattern(adapter)
-    key = f"{name}.qsvft_M.{adapter}"
+    key = f"{name}.qsvft_M.{adapter}.weight"
     selected[key] = selected[key].to(torch.float32)
     base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
     selected[f"{name}.qsvft_base.{adapter}"] = base
@@ -89,15 +90,15 @@ class AdapterReader:
         self.digests = FactorDigests(factors, complete=config.include_factors)
         others = {key: aligned(tensor) for key, tensor in others.items()}  # who assigns them computes with them
         self.records = {k: v for k, v in others.items() if k.rsplit(".", 1)[-1] in _RECORDS}
-        self.parameters = {k: v for k, v in others.items() if k not in self.records}
+        self.parameters = {with_coefficients(k): v for k, v in others.items() if k not in self.records}
 
     def check(self, layers: list[tuple[str, QSVFTLinear]], adapter: str, model: nn.Module) -> None:
         """Check every layer, then load patterns; raise ValueError at the first that does not fit."""
         bare = {name.removeprefix(_PREFIX): layer for name, layer in layers}
         saved_whole = _saved_whole(model, adapter)
         for key in list(self.parameters):
-            owner, _, leaf = key.rpartition(".")
-            if leaf in _PARAMETERS:
+            owner = next((key.removesuffix(f".{leaf}") for leaf in (_M, _PROBE) if key.endswith(f".{leaf}")), None)
+            if owner is not None:
                 if owner.removeprefix(_PREFIX) not in bare:
                     raise ValueError(
                         f"{owner.removeprefix(_PREFIX)}: the adapter has an M for this layer, but the model has no "
@@ -132,9 +133,9 @@ class AdapterReader:
         )
 
     def _check_layer(self, name: str, layer: QSVFTLinear, adapter: str) -> None:
-        M, probe = self._find(name, "qsvft_M"), self._find(name, "qsvft_probe")
+        M, probe = self._find(name, _M), self._find(name, _PROBE)
         base, digest = self._find(name, "qsvft_base"), self._find(name, "qsvft_digest")
-        expected = layer.qsvft_M[adapter]
+        expected = layer.M(adapter)
         if tuple(M.shape) != tuple(expected.shape) or M.dtype != torch.float32:
             raise ValueError(
                 f"{name}: the adapter's M is {M.dtype} of shape {tuple(M.shape)}, expected torch.float32 of shape "
@@ -157,7 +158,7 @@ class AdapterReader:
         if not difference <= TOLERANCE:
             raise ValueError(self._mismatch(name, layer, adapter, bytes(base.cpu().tolist()), difference))
         # The probe at hand takes the place of the saved one, so that saving again writes what is true here.
-        key = next(k for k in (f"{_PREFIX}{name}.qsvft_probe", f"{name}.qsvft_probe") if k in self.parameters)
+        key = next(k for k in (f"{_PREFIX}{name}.{_PROBE}", f"{name}.{_PROBE}") if k in self.parameters)
         self.parameters[key] = layer._expected_probe[adapter].clone()
 
     def _load_entries(self, name: str, layer: QSVFTLinear, adapter: str, entries: Tensor) -> None:
@@ -183,8 +184,7 @@ class AdapterReader:
                 "torch.float32 above 0. The file is damaged: copy or save the adapter again."
             )
         if float(unit) != layer.units[adapter]:
-            layer.units[adapter] = float(unit)
-            layer._set_probe(adapter, layer.original_weight())
+            layer.take_unit(adapter, float(unit), own_scale=self.config.include_factors)
         return unit
 
     def _mismatch(self, name: str, layer: QSVFTLinear, adapter: str, base: bytes, difference: float) -> str:

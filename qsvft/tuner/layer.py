@@ -19,6 +19,9 @@ on the vectors as they are held.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +38,9 @@ from .adapted import AdaptedLinear
 from .attach import choose_pattern, residual_base
 from .bases import hold_bases
 from .config import QSVFTConfig
-from .form import form_of
-from .parameter import Float32Parameter
+from .form import Form, form_of
+from .mixed_batch import Rows, check_rows, on_rows, rows_by_adapter
+from .parameter import Coefficients
 from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_difference, sketch, times_transpose
 from .sources import NOWHERE, DataDirections, Sources
 from .targets import rank_of, shape_of
@@ -84,21 +88,53 @@ class QSVFTLinear(AdaptedLinear):
                 "is damaged or overflowed; load it again."
             )
         self.base_digest = self.base_digest or weight_digest(self.original_base())
+        twin = self._twin(config, sources)
+        if twin is None:
+            self._hold(adapter_name, form, weight, rank, config, sources)
+        else:
+            self._share(adapter_name, twin)
+        values = torch.zeros(self.pattern(adapter_name).count, dtype=torch.float32, device=weight.device)
+        self.qsvft_M[adapter_name] = Coefficients(values)
+        self._set_probe(adapter_name, weight)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _hold(self, adapter: str, form: Form, weight: Tensor, rank: int, config: QSVFTConfig, sources: Sources) -> None:
+        """Find or make what an adapter is, but for its M: bases, pattern, alpha and scale."""
         form, source = hold_bases(self, form, weight, rank, config, sources)
-        self.settings[adapter_name], self.forms[adapter_name], self.came_from[adapter_name] = config, form, source
+        self.settings[adapter], self.forms[adapter], self.came_from[adapter] = config, form, source
         pattern = choose_pattern(config, form, rank, weight, self.basis, self.module_name)
-        self.qsvft_pattern[adapter_name] = pattern.to(weight.device)
-        self.units[adapter_name] = 1.0
+        self.qsvft_pattern[adapter] = pattern.to(weight.device)
+        self.units[adapter] = 1.0
         if config.unit == "weight" and not weight.is_meta:
             on_data = source.lengths.get(self.module_name) if isinstance(source, DataDirections) else None
             length = frobenius_norm(weight) if on_data is None else torch.tensor(on_data, dtype=torch.float64)
-            self.units[adapter_name] = float(unit_of(length, pattern.count, pattern.rank))
+            self.units[adapter] = float(unit_of(length, pattern.count, pattern.rank))
         if form.kind != "both":
-            self.qsvft_scale[adapter_name] = self._scale(adapter_name, weight, source, source is sources.own)
-        values = torch.zeros(self.pattern(adapter_name).count, dtype=torch.float32, device=weight.device)
-        self.qsvft_M[adapter_name] = Float32Parameter(values)
-        self._set_probe(adapter_name, weight)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            self.qsvft_scale[adapter] = self._scale(adapter, weight, source, source is sources.own)
+
+    def take_unit(self, adapter: str, unit: float, own_scale: bool) -> None:
+        """Take over the alpha that an adapter's M was trained with; ``own_scale``: its scale is in its file as well."""
+        self.units[adapter], weight = unit, self.original_weight()
+        if self.forms[adapter].kind != "both" and not own_scale:
+            self.qsvft_scale[adapter] = self._scale(adapter, weight, self.came_from[adapter], trained_with=False)
+        self._set_probe(adapter, weight)
+
+    def _twin(self, config: QSVFTConfig, sources: Sources) -> str | None:
+        """The adapter that has this very config, unless there are newer directions from data than its own."""
+        for name, other in self.settings.items():
+            if other is config and sources.data in (None, self.came_from[name]):
+                return name
+        return None
+
+    def _share(self, adapter: str, twin: str) -> None:
+        """Be what another adapter is, but for its M, so that the same M is the same map: what its file said of pattern
+        and alpha does not follow from the config. TRL copies M so to the adapter that is its reference."""
+        every: tuple[dict[str, Any], ...] = (self.settings, self.forms, self.came_from, self.units)
+        for held in every:
+            held[adapter] = held[twin]
+        self.qsvft_pattern[adapter] = copy.deepcopy(self.pattern(twin))
+        if twin in self.qsvft_scale:
+            self.qsvft_scale[adapter] = self.qsvft_scale[twin].clone()
 
     def _scale(self, adapter: str, weight: Tensor, source: FactorSource | None, trained_with: bool) -> Tensor:
         """alpha/s of a one-sided form, (rank,) fp32, as it is stored with the adapter, or else as it is measured."""
@@ -113,34 +149,39 @@ class QSVFTLinear(AdaptedLinear):
             stored = bounded_inverse(s, rms)
         return stored * self.units[adapter]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            check_rows(self, x, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self._base(x, *args, **kwargs)
         if self.merged:
             return self._base(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.qsvft_M]
+        active: dict[str, Rows] = {name: None for name in self.active_adapters if name in self.qsvft_M}
+        if adapter_names is not None:
+            active = {name: rows for name, rows in rows_by_adapter(adapter_names, x).items() if name in self.qsvft_M}
         for name in active:
             self._check(name)
         inner = x
-        for name in active:
+        for name, rows in active.items():
             if self.forms[name].kind == "input":
-                inner = self._updated(name, inner, x)
-        # What a one-sided adapter reads is the base alone; beside one, those on a residual base read x as any other.
-        alike = all(self.forms[name].kind == "both" for name in active)
+                inner = on_rows(rows, partial(self._updated, name), inner, x)
+        # What a one-sided adapter reads is the base alone; beside one, and where rows differ, those on a residual base
+        # read x as any other.
+        alike = adapter_names is None and all(self.forms[name].kind == "both" for name in active)
         on_residual = [name for name in active if alike and self._reads_residual(name)]
         if on_residual:
             kwargs["more"] = lambda h: self._residual_coefficients(on_residual, h)
         y = self._base(inner, *args, **kwargs)
         result, wx = y, None
-        for name in active:
+        for name, rows in active.items():
             kind = self.forms[name].kind
             if kind == "output":
                 wx = self._without_bias(x, y) if wx is None else wx
-                result = self._updated(name, result, wx)
+                result = on_rows(rows, partial(self._updated, name), result, wx)
             elif kind == "both" and name not in on_residual:
-                result = self._updated(name, result, x)
+                result = on_rows(rows, partial(self._updated, name), result, x)
         return result
 
     def _reads_residual(self, adapter: str) -> bool:
@@ -148,7 +189,7 @@ class QSVFTLinear(AdaptedLinear):
         return self.settings[adapter].residual_base and isinstance(self.base_layer, ResidualLinear)
 
     def _residual_coefficients(self, adapters: list[str], h: Tensor) -> Tensor:
-        z = [self.pattern(name).product(h, self.qsvft_M[name], self._scale_of(name)) for name in adapters]
+        z = [self.pattern(name).product(h, self.M(name), self._scale_of(name)) for name in adapters]
         return sum(z[1:], z[0])
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -170,7 +211,7 @@ class QSVFTLinear(AdaptedLinear):
         return in_compute_dtype(x, lambda a: self._apply_form(adapter, base, a), products_alone)
 
     def _apply_form(self, adapter: str, base: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
-        M = self.qsvft_M[adapter] if values is None else values
+        M = self.M(adapter) if values is None else values
         pattern, form = self.pattern(adapter), self.forms[adapter]
         scale = self._scale_of(adapter)
         if form.kind == "both":
@@ -190,7 +231,7 @@ class QSVFTLinear(AdaptedLinear):
         return None if self.settings[adapter].unit == "one" else self.units[adapter]
 
     def _check(self, adapter: str) -> None:
-        M = self.qsvft_M[adapter]
+        M = self.M(adapter)
         if M.dtype != torch.float32:
             raise RuntimeError(
                 f"{self.module_name}: M of adapter '{adapter}' is {M.dtype}; expected torch.float32. Something "
@@ -253,7 +294,7 @@ class QSVFTLinear(AdaptedLinear):
 
     def _delta(self, adapter: str, W: Tensor) -> Tensor:
         unit = torch.eye(self.in_features, dtype=torch.float32, device=W.device)
-        return self._apply_delta(adapter, unit, self.qsvft_M[adapter].detach(), W).T
+        return self._apply_delta(adapter, unit, self.M(adapter).detach(), W).T
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -298,27 +339,16 @@ class QSVFTLinear(AdaptedLinear):
         super()._apply(fn, recurse)
         for base in self._unmerged:  # not a submodule, so nobody else moves it
             base._apply(fn, recurse)
-        for M in self.qsvft_M.values():
-            if M.grad is not None and M.grad.dtype != M.dtype:
-                M.grad = M.grad.to(M.dtype)
         for name, old in scales.items():
             if (new := self.qsvft_scale[name]).dtype != old.dtype:
                 self.qsvft_scale[name] = old.to(new.device)
-        self._rewrap()
         return self
-
-    def _rewrap(self) -> None:
-        """Loading with assign=True or moving to another backend makes plain parameters of M."""
-        for name, M in self.qsvft_M.items():
-            if not isinstance(M, Float32Parameter) and M.dtype == torch.float32:
-                self.qsvft_M[name] = Float32Parameter(M.data, M.requires_grad)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Device only: PEFT's own would cast M to the compute dtype."""
         target = device if device is not None else self.device
-        if adapter_name in self.qsvft_M and not self.qsvft_M[adapter_name].is_meta:
-            old = self.qsvft_M[adapter_name]
-            self.qsvft_M[adapter_name] = Float32Parameter(old.data.to(target), old.requires_grad)
+        if adapter_name in self.qsvft_M and not self.M(adapter_name).is_meta:
+            self.qsvft_M[adapter_name].to(target)
             self.qsvft_pattern[adapter_name].to(target)
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ from ..version import __version__
 from .adapter_file import AdapterReader, add_records
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
+from .mixed_batch import mixed_batch
 from .progress import progress_shown
 from .sources import NOWHERE, Sources, sources_of
 from .targets import all_linear, check_targets
@@ -103,6 +104,12 @@ class QSVFTModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PeftModel asks for around a forward and generate: rows with adapters of their own."""
+        with mixed_batch(self.model, kwargs):
+            yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, which in training writes what it writes in evaluation."""

@@ -1,4 +1,4 @@
-"""M's values: a parameter that stays fp32 whatever is assigned to its ``data``.
+"""M's values: a parameter that stays fp32 whatever is assigned to its ``data``, and the module that holds it.
 
 Trainers cast trainable parameters with ``param.data = param.data.to(torch.bfloat16)`` when the base is
 quantised (TRL does), and ``model.to(dtype)`` does the same. In bf16 a step of 1e-4 on an M of 0.3 moves
@@ -47,3 +47,37 @@ class Float32Parameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return type(self), (self.data, self.requires_grad)
+
+
+class Coefficients(nn.Module):
+    """The entries of one adapter's M, as ``weight``.
+
+    A module of its own, so that the parameter's name holds the adapter's between dots and ends in ``.weight``, as
+    LoRA's do: TRL copies what has ".default." in its name to a reference, FSDP's policy looks for a trained ``weight``.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = Float32Parameter(values)
+        self.register_load_state_dict_post_hook(_stay_float32)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Coefficients:
+        """Move, but stay fp32, the gradient as well."""
+        super()._apply(fn, recurse)
+        if self.weight.grad is not None and self.weight.grad.dtype != self.weight.dtype:
+            self.weight.grad = self.weight.grad.to(self.weight.dtype)
+        _stay_float32(self)
+        return self
+
+
+def _stay_float32(held: nn.Module, *_: Any) -> None:
+    """Loading with ``assign=True`` or moving to another backend makes a plain parameter of M."""
+    weight = held.weight
+    if isinstance(weight, Tensor) and not isinstance(weight, Float32Parameter) and weight.dtype == torch.float32:
+        held.weight = Float32Parameter(weight.data, weight.requires_grad)
+
+
+def with_coefficients(key: str) -> str:
+    """A tensor's name as it is today: M was ``<layer>.qsvft_M`` in a file, ``<layer>.qsvft_M.<adapter>`` in a state."""
+    _, found, rest = key.rpartition(".qsvft_M")
+    return f"{key}.weight" if found and rest.count(".") < 2 and not rest.endswith(".weight") else key

@@ -28,7 +28,7 @@ class ReadWeight(Tensor):
         layer: the layer's name in the model.
     """
 
-    layer: str
+    layer = "a layer"
 
     @classmethod
     def of(cls, weight: Tensor, layer: str) -> ReadWeight:
@@ -42,7 +42,7 @@ class ReadWeight(Tensor):
         cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        layer = next((one.layer for one in (*args, *kwargs.values()) if isinstance(one, ReadWeight)), "a layer")
+        layer = next((one.layer for one in (*args, *kwargs.values()) if isinstance(one, ReadWeight)), cls.layer)
         if func in _PRODUCTS:
             raise ValueError(
                 f"{layer}: its weight is read and multiplied with by other code, which passes over the adapter on this "
@@ -50,6 +50,7 @@ class ReadWeight(Tensor):
                 "get_base_layer().weight."
             )
         result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(result, ReadWeight):
-            result.layer = layer  # a transpose or a cast is still the weight
+        for one in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(one, ReadWeight):
+                one.layer = layer  # a transpose, a cast or a part is still the weight
         return result

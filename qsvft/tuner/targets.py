@@ -66,7 +66,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
                 f"{name}: cannot adapt a {type(layer).__name__}, whose forward computes something else than W x + b. "
                 "Leave it out of target_modules, or add it to exclude_modules."
             )
-        check_weight(name, layer)
+        check_weight(name, layer.original_base() if isinstance(layer, AdaptedLinear) else layer)
         rank_of(config, name, shapes[name])
         if config.residual_base:
             _check_dense(name, layer)

@@ -70,7 +70,7 @@ def adapter(**options):
     def function(weight: Tensor) -> list[Tensor]:
         layer = QSVFTLinear(linear(weight), "default", QSVFTConfig(**options), "layer")
         generator = torch.Generator().manual_seed(1)
-        layer.qsvft_M["default"].data.normal_(generator=generator)
+        layer.M("default").data.normal_(generator=generator)
         change = layer.get_delta_weight("default")
         return [layer.qsvft_probe["default"], *layer.qsvft_scale.values(), change]
 

@@ -59,7 +59,7 @@ def reference(model, llama):
     """Loss and gradients of M in fp64 on the CPU, with the weights and factors that the model holds."""
     dense = load(llama, torch.float64)
     layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, QSVFTLinear)}
-    leaves = {name: layer.qsvft_M["default"].detach().cpu().double() for name, layer in layers.items()}
+    leaves = {name: layer.M("default").detach().cpu().double() for name, layer in layers.items()}
     weights = {}
     for name, layer in layers.items():
         leaves[name].requires_grad_()
@@ -69,7 +69,8 @@ def reference(model, llama):
     loss = torch.func.functional_call(dense, weights, kwargs={"input_ids": ids, "labels": ids}).loss
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return loss.detach(), {
-        f"base_model.model.{name}.qsvft_M.default": gradient for name, gradient in zip(leaves, gradients, strict=True)
+        f"base_model.model.{name}.qsvft_M.default.weight": gradient
+        for name, gradient in zip(leaves, gradients, strict=True)
     }
 
 

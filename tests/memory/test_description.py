@@ -164,7 +164,7 @@ def test_kinds_are_what_the_tensors_are(llama, sides):
         f"{layer}.base_layer.weight.quant_state.state2.absmax": "quantisation state",
         f"{layer}.qsvft_bases.V_int8.stored.codes": "factors",
         **{f"{layer}.{name}": kind for name, kind in FORMS[sides].items()},
-        f"{layer}.qsvft_M.default": "M",
+        f"{layer}.qsvft_M.default.weight": "M",
         f"{layer}.qsvft_probe.default": "patterns and probes",
         f"{layer}._expected_probe.default": "outside the module tree",
         "model.rotary_emb.inv_freq": "other buffers",
@@ -172,7 +172,7 @@ def test_kinds_are_what_the_tensors_are(llama, sides):
     assert {name: kinds.get(name) for name in expected} == expected
     assert set(kinds.values()) <= set(KINDS)
     gradients = [item for item in held(model) if item.kind == "gradients"]
-    assert len(gradients) == 14 and all(item.name.endswith("qsvft_M.default.grad") for item in gradients)
+    assert len(gradients) == 14 and all(item.name.endswith("qsvft_M.default.weight.grad") for item in gradients)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

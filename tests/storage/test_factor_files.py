@@ -70,7 +70,7 @@ def test_a_name_is_read_back_whatever_stands_before_it(prefix, layer):
 @pytest.mark.parametrize(
     "name",
     [
-        *("model.layers.0.o_proj.weight", "model.layers.0.o_proj.qsvft_M", "qsvft", "qsvft.", "qsvft.a.b"),
+        *("model.layers.0.o_proj.weight", "model.layers.0.o_proj.qsvft_M.weight", "qsvft", "qsvft.", "qsvft.a.b"),
         *("qsvft.a.b.c", "qsvft.a.V_bf16.weight", "qsvft.a.b.V_bf16.values", "notqsvft.a.V_bf16.values"),
     ],
 )

@@ -104,7 +104,7 @@ def test_the_adapter_is_U_M_V_on_the_residual_base(llama, options):
     model = randomize(qsvft.prepare(load(llama, torch.float32), bits=4, **options), scale=0.3)
     layer = layers(model)[3]
     x = torch.randn(4, layer.in_features)
-    M = layer.units["default"] * layer.pattern("default").dense(layer.qsvft_M["default"].detach().double())
+    M = layer.units["default"] * layer.pattern("default").dense(layer.M("default").detach().double())
     U, V = (layer.base_layer.basis(side).dense(torch.float64) for side in "UV")
     W = dense_weight(layer.base_layer).double() + U.T @ M @ V
     torch.testing.assert_close(layer(x).double(), x.double() @ W.T, rtol=1e-4, atol=1e-4)
@@ -127,8 +127,8 @@ def test_gradients_are_autograds_through_the_dense_weight(llama, options):
     layer = layers(model)[-1]
     x = torch.randn(5, layer.in_features)
     g = torch.randn(5, layer.out_features)
-    (found,) = torch.autograd.grad(layer(x), layer.qsvft_M["default"], g)
-    values = layer.qsvft_M["default"].detach().double().requires_grad_()
+    (found,) = torch.autograd.grad(layer(x), layer.M("default"), g)
+    values = layer.M("default").detach().double().requires_grad_()
     U, V = (layer.base_layer.basis(side).dense(torch.float64) for side in "UV")
     M = layer.units["default"] * layer.pattern("default").dense(values)
     (exact,) = torch.autograd.grad(x.double() @ (U.T @ M @ V).T, values, g.double())

@@ -241,7 +241,7 @@ def test_signs_in_units_of_alpha_change_the_outputs_by_their_size_over_the_root_
         expected = (x @ W.T).square().sum() / (8**2 * (x @ V.T).square().sum())
         assert layer.units["default"] ** 2 == pytest.approx(float(expected), rel=0.02), name
         signs = torch.randn(64, generator=torch.Generator().manual_seed(1)).sign()
-        layer.qsvft_M["default"].data = signs
+        layer.M("default").data = signs
         change = x @ layer.get_delta_weight("default").double().T
         assert 0.5 < 8**0.5 * float(change.norm() / (x @ W.T).norm()) < 2, name
 

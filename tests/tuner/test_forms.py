@@ -35,7 +35,7 @@ def adapted(shape: str, dtype=torch.float32, bias: bool = True, **options) -> QS
     base = nn.Linear(n, m, bias=bias).to(dtype)
     layer = QSVFTLinear(base, "default", QSVFTConfig(**{**BANDED, **options}), "block.layer")
     with torch.no_grad():
-        M = layer.qsvft_M["default"]
+        M = layer.M("default")
         M.copy_(torch.randn(M.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
     return layer
 
@@ -61,8 +61,8 @@ def test_outputs_and_gradients_are_those_of_the_numbers_held(shape, way, bias):
     x, g = torch.randn(7, layer.in_features), torch.randn(7, layer.out_features)
     leaf = x.clone().requires_grad_()
     y = layer(leaf)
-    grad_x, grad_M = torch.autograd.grad(y, (leaf, layer.qsvft_M["default"]), g)
-    values = layer.qsvft_M["default"].detach().double().requires_grad_()
+    grad_x, grad_M = torch.autograd.grad(y, (leaf, layer.M("default")), g)
+    values = layer.M("default").detach().double().requires_grad_()
     exact_leaf = x.double().requires_grad_()
     exact = exact_leaf @ (layer.original_weight().double() + dense_delta(layer, values)).T
     if bias:
@@ -77,7 +77,7 @@ def test_outputs_and_gradients_are_those_of_the_numbers_held(shape, way, bias):
 def test_in_bf16_the_error_is_that_of_the_naive_formula(shape, way):
     layer = adapted(shape, torch.bfloat16, bias=False, **way)
     x = torch.randn(200, layer.in_features).bfloat16()
-    values = layer.qsvft_M["default"].detach().double()
+    values = layer.M("default").detach().double()
     W = layer.original_weight().double()
     exact = x.double() @ (W + dense_delta(layer, values)).T
     naive = x @ (W + dense_delta(layer, values)).bfloat16().T
@@ -104,7 +104,7 @@ def test_with_M_at_zero_it_is_the_base_bit_for_bit(shape, way):
     layer = adapted(shape, torch.bfloat16, **way)
     x = torch.randn(5, layer.in_features).bfloat16()
     with torch.no_grad():
-        layer.qsvft_M["default"].zero_()
+        layer.M("default").zero_()
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
@@ -128,7 +128,7 @@ def test_for_the_backward_it_keeps_h_in_the_compute_dtype_and_nothing_else(shape
         y = layer(x)
     assert [(t.shape, t.dtype) for t in kept.values()] == [((30, layer.pattern("default").rank), torch.bfloat16)]
     y.sum().backward()
-    assert layer.qsvft_M["default"].grad.any()
+    assert layer.M("default").grad.any()
 
 
 OURS = "M was changed in place between the forward and the backward"
@@ -143,7 +143,7 @@ def test_changing_M_between_forward_and_backward_is_refused(pattern, sides, mess
     layer = adapted("tall", pattern=pattern, sides=sides)
     y = layer(torch.randn(3, 64).requires_grad_())
     with torch.no_grad():
-        layer.qsvft_M["default"].add_(1)
+        layer.M("default").add_(1)
     with pytest.raises(RuntimeError, match=message):
         y.sum().backward()
 
@@ -154,10 +154,10 @@ def test_adapters_held_in_different_ways_add_up(shape, other):
     layer = adapted(shape, sides="one")
     layer.update_layer("other", QSVFTConfig(**{**BANDED, "off_diagonals": 2, **other}))
     with torch.no_grad():
-        layer.qsvft_M["other"].normal_(0, 0.2)
+        layer.M("other").normal_(0, 0.2)
     layer.set_adapter(["default", "other"])
     x = torch.randn(5, layer.in_features)
-    delta = sum(dense_delta(layer, layer.qsvft_M[name].double(), name) for name in ("default", "other"))
+    delta = sum(dense_delta(layer, layer.M(name).double(), name) for name in ("default", "other"))
     exact = x.double() @ (layer.original_weight().double() + delta).T + layer.base_layer.bias.double()
     torch.testing.assert_close(layer(x).double(), exact, rtol=1e-4, atol=1e-4)
 

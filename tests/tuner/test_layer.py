@@ -33,7 +33,7 @@ def adapted(base, name="default", scale=0.3, **options):
 
 @torch.no_grad()
 def fill(layer, name, scale=0.3, seed=3):
-    M = layer.qsvft_M[name]
+    M = layer.M(name)
     M.copy_(torch.randn(M.shape, generator=torch.Generator().manual_seed(seed)) * scale)
 
 
@@ -57,7 +57,7 @@ def dense_M(layer, name="default"):
     else:
         rows, columns = layer.pattern(name).indices()
     M = torch.zeros(k, k, dtype=torch.float64)
-    return M.index_put((rows, columns), layer.qsvft_M[name].double())
+    return M.index_put((rows, columns), layer.M(name).double())
 
 
 def held_rows(layer, side, k):
@@ -70,7 +70,7 @@ def dense_delta(layer, W, name="default"):
     """dW of each form as its docstring defines it, differentiable in M."""
     M = dense_M(layer, name)
     if layer.settings[name].unit == "weight":
-        M = M * (W.norm() * M.shape[0] ** 0.5 / layer.qsvft_M[name].numel())
+        M = M * (W.norm() * M.shape[0] ** 0.5 / layer.M(name).numel())
     k = M.shape[0]
     U, V = (held_rows(layer, side, k) for side in "UV")
     if layer.settings[name].sides == "both":
@@ -97,7 +97,7 @@ def error(found, expected):
 
 def gradients(y, layer, x, names=("default",)):
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return torch.autograd.grad((y.double() * weights).sum(), [x, *(layer.qsvft_M[n] for n in names)])
+    return torch.autograd.grad((y.double() * weights).sum(), [x, *(layer.M(n) for n in names)])
 
 
 def assert_matches_reference(layer, base, tolerance, bias=None, dtype=torch.float32, names=("default",)):
@@ -282,7 +282,7 @@ def test_an_empty_batch_has_an_empty_output_and_a_zero_gradient(form):
     y = layer(torch.randn(0, layer.in_features))
     y.sum().backward()
     assert y.shape == (0, layer.out_features)
-    assert torch.equal(layer.qsvft_M["default"].grad, torch.zeros_like(layer.qsvft_M["default"]))
+    assert torch.equal(layer.M("default").grad, torch.zeros_like(layer.M("default")))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -354,7 +354,7 @@ def test_safe_merge_refuses_values_that_are_not_finite_and_changes_nothing(form)
     base = linear(SHAPES["tall"])
     layer = adapted(base, **form)
     with torch.no_grad():
-        layer.qsvft_M["default"][0] = float("inf")
+        layer.M("default")[0] = float("inf")
     with pytest.raises(ValueError, match=r"block\.layer: merging \['default'\] gives NaN or Inf"):
         layer.merge(safe_merge=True)
     assert layer.base_layer is base and not layer.merged
@@ -372,13 +372,13 @@ def test_merging_twice_warns_and_adds_nothing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_the_model_keeps_M_in_fp32_and_the_factors_in_bf16(dtype):
     layer = adapted(linear(SHAPES["tall"]), sides="both")
-    M = layer.qsvft_M["default"].detach().clone()
+    M = layer.M("default").detach().clone()
     layer.update_layer("other", QSVFTConfig(**{**ONE_SIDED, "off_diagonals": 2}, rank=4))
     factors = {name: b.clone() for name, b in layer.named_buffers() if "probe" not in name}
     nn.Sequential(layer).to(dtype)
     assert layer.base_layer.weight.dtype == dtype
-    assert layer.qsvft_M["default"].dtype == torch.float32
-    assert torch.equal(layer.qsvft_M["default"], M)
+    assert layer.M("default").dtype == torch.float32
+    assert torch.equal(layer.M("default"), M)
     held = {name: b for name, b in layer.named_buffers() if "probe" not in name}
     assert same_tensors(held, factors)
     assert {name: t.dtype for name, t in held.items()} == {
@@ -390,7 +390,7 @@ def test_casting_the_model_keeps_M_in_fp32_and_the_factors_in_bf16(dtype):
 
 def test_casting_M_through_its_data_keeps_every_bit_of_it():
     layer = adapted(linear(SHAPES["tall"]))
-    M = layer.qsvft_M["default"]
+    M = layer.M("default")
     before = M.detach().clone()
     M.data = M.data.to(torch.bfloat16)
     assert M.dtype == torch.float32 and torch.equal(M, before)
@@ -398,7 +398,7 @@ def test_casting_M_through_its_data_keeps_every_bit_of_it():
 
 def test_the_forward_refuses_an_M_that_is_not_fp32():
     layer = adapted(linear(SHAPES["tall"]))
-    layer.qsvft_M["default"] = nn.Parameter(layer.qsvft_M["default"].detach().bfloat16())
+    layer.qsvft_M["default"].weight = nn.Parameter(layer.M("default").detach().bfloat16())
     with pytest.raises(RuntimeError, match=r"block\.layer: M of adapter 'default' is torch\.bfloat16; expected torch"):
         layer(torch.randn(1, layer.in_features))
 
@@ -488,8 +488,8 @@ def test_a_deep_copy_has_the_same_outputs_and_shares_nothing(form):
     fill(twin, "default", seed=8)
     assert torch.equal(layer(x), before)
     assert not torch.equal(twin(x), before)
-    twin.qsvft_M["default"].data = twin.qsvft_M["default"].data.bfloat16()
-    assert twin.qsvft_M["default"].dtype == torch.float32
+    twin.M("default").data = twin.M("default").data.bfloat16()
+    assert twin.M("default").dtype == torch.float32
 
 
 @pytest.mark.parametrize("pattern", ["plain", "banded", "random", "dense"])

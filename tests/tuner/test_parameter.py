@@ -129,10 +129,10 @@ def test_casting_a_module_leaves_M_and_casts_the_rest(dtype, cast):
 @pytest.mark.parametrize("options", [{}, {"sides": "one", "pattern": "banded", "off_diagonals": 1}], ids=str)
 def test_casting_an_adapted_layer_between_backward_and_step_leaves_a_gradient_that_the_optimizer_takes(dtype, options):
     layer = QSVFTLinear(nn.Linear(16, 12), "default", QSVFTConfig(**options), "layer")
-    M = layer.qsvft_M["default"]
+    M = layer.M("default")
     layer(torch.randn(4, 16)).square().sum().backward()
     layer.to(dtype)
-    assert layer.qsvft_M["default"] is M and M.grad.dtype == M.dtype == torch.float32
+    assert layer.M("default") is M and M.grad.dtype == M.dtype == torch.float32
     torch.optim.AdamW([M], lr=0.1).step()
     assert bool((M != 0).all())
 

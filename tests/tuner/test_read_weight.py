@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import load, randomize, tokens
+from small_models import load, logits, randomize, tokens
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -30,6 +30,7 @@ WAYS = {
     "from the left": lambda x, layer: (layer.weight @ x.mT).mT,
     "in another dtype": lambda x, layer: torch.einsum("ti,oi->to", x, layer.weight.to(torch.float32).contiguous()),
     "a slice": lambda x, layer: F.linear(x, layer.weight[:3]),
+    "a part of several": lambda x, layer: F.linear(x, layer.weight.chunk(2)[1]),
     "added": lambda x, layer: torch.addmm(layer.bias, x, layer.weight.t()),
 }
 
@@ -59,9 +60,20 @@ def test_what_asks_looks_and_compares_works_as_ever(llama):
     assert (weight.dtype, weight.device, weight.shape) == (held.dtype, held.device, held.shape)
     assert weight.data_ptr() == held.data_ptr() and torch.equal(weight, held) and (weight - held).norm() == 0
     assert isinstance(weight, torch.Tensor) and weight.float().abs().max() == held.float().abs().max()
+    assert torch.equal(torch.aminmax(weight).max, held.max()) and bool(torch.isfinite(torch.aminmax(weight).min))
     with torch.no_grad():
         weight[0, 0] = 3.0
     assert held[0, 0] == 3.0
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_second_adapter_is_attached_beside_the_first(llama, bits):
+    model = qsvft.prepare(load(llama), bits, progress=False)
+    expected = logits(randomize(model))
+    model.add_adapter("b", qsvft.QSVFTConfig(task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("b")
+    assert not torch.equal(logits(model), expected)
 
 
 def test_a_model_that_asks_for_the_dtype_of_a_layer_trains():

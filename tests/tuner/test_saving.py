@@ -90,8 +90,8 @@ def test_the_file_holds_M_probe_base_and_digest_of_each_layer_and_no_factor(llam
     model = qsvft.prepare(load(llama), bits=4, pattern=pattern, sides="both", off_diagonals=2)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    layers = {key.rpartition(".")[0] for key in tensors}
-    leaves = {"qsvft_M": torch.float32, "qsvft_probe": torch.float32}
+    layers = {key.partition(".qsvft_")[0] for key in tensors}
+    leaves = {"qsvft_M.weight": torch.float32, "qsvft_probe": torch.float32}
     leaves |= {"qsvft_base": torch.uint8, "qsvft_digest": torch.uint8, "qsvft_unit": torch.float32}
     if pattern == "top_k":
         leaves["qsvft_entries"] = torch.int64
@@ -320,7 +320,7 @@ def test_another_seed_of_a_random_pattern_is_refused(llama, tmp_path):
 LAYER = "base_model.model.model.layers.1.self_attn.v_proj"
 
 
-@pytest.mark.parametrize("leaf", ["qsvft_M", "qsvft_probe", "qsvft_base", "qsvft_unit", "qsvft_digest"])
+@pytest.mark.parametrize("leaf", ["qsvft_M.weight", "qsvft_probe", "qsvft_base", "qsvft_unit", "qsvft_digest"])
 def test_a_changed_value_is_refused_by_its_layers_name(llama, adapter, leaf):
     def change(tensors):
         tensor = tensors[f"{LAYER}.{leaf}"].view(-1)
@@ -338,7 +338,7 @@ def test_a_unit_that_no_weight_has_is_refused_by_its_layers_name(llama, adapter,
         PeftModel.from_pretrained(base(llama), adapter)
 
 
-@pytest.mark.parametrize("leaf", ["qsvft_M", "qsvft_probe", "qsvft_base", "qsvft_unit", "qsvft_digest"])
+@pytest.mark.parametrize("leaf", ["qsvft_M.weight", "qsvft_probe", "qsvft_base", "qsvft_unit", "qsvft_digest"])
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 5)], ids=str)
 def test_a_tensor_of_another_shape_is_refused_by_its_layers_name(llama, adapter, leaf, shape):
     def change(tensors):
@@ -350,14 +350,14 @@ def test_a_tensor_of_another_shape_is_refused_by_its_layers_name(llama, adapter,
         PeftModel.from_pretrained(base(llama), adapter)
 
 
-@pytest.mark.parametrize("leaf", ["qsvft_M", "qsvft_probe", "qsvft_base", "qsvft_unit", "qsvft_digest"])
+@pytest.mark.parametrize("leaf", ["qsvft_M.weight", "qsvft_probe", "qsvft_base", "qsvft_unit", "qsvft_digest"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8], ids=str)
 def test_a_tensor_of_another_dtype_is_refused_or_read_as_the_same_adapter(llama, adapter, saved, leaf, dtype):
     edit(adapter, lambda tensors: tensors.update({f"{LAYER}.{leaf}": tensors[f"{LAYER}.{leaf}"].to(dtype)}))
     assert refused_or_the_same(llama, adapter, saved[2])
 
 
-@pytest.mark.parametrize("leaf", ["qsvft_M", "qsvft_probe", "qsvft_base", "qsvft_unit", "qsvft_digest"])
+@pytest.mark.parametrize("leaf", ["qsvft_M.weight", "qsvft_probe", "qsvft_base", "qsvft_unit", "qsvft_digest"])
 def test_a_missing_record_is_refused_by_its_layers_name(llama, adapter, leaf):
     edit(adapter, lambda tensors: tensors.pop(f"{LAYER}.{leaf}"))
     with pytest.raises(ValueError, match=rf"^model\.layers\.1\.self_attn\.v_proj: .* has no {leaf} .*save the adapter"):
@@ -375,7 +375,8 @@ def test_a_missing_layer_is_refused_by_its_name(llama, adapter):
 
 
 def test_an_extra_layer_is_refused_by_its_name(llama, adapter):
-    edit(adapter, lambda tensors: tensors.update({"base_model.model.model.layers.7.up_proj.qsvft_M": torch.zeros(4)}))
+    extra = {"base_model.model.model.layers.7.up_proj.qsvft_M.weight": torch.zeros(4)}
+    edit(adapter, lambda tensors: tensors.update(extra))
     with pytest.raises(ValueError, match=r"^model\.layers\.7\.up_proj: .*no such adapted layer .*another model"):
         PeftModel.from_pretrained(base(llama), adapter)
 

@@ -1,0 +1,96 @@
+"""A batch whose rows have adapters of their own: ``model(..., adapter_names=["a", "__base__", "b"])``.
+
+As with LoRA: the base is computed once for all rows, each adapter on its rows. For inference alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .adapted import AdaptedLinear
+
+BASE = "__base__"
+Rows = Tensor | None
+"""The rows of a batch that an adapter is for; None for all of them."""
+
+
+def rows_by_adapter(names: Sequence[str], x: Tensor) -> dict[str, Rows]:
+    """The rows of each adapter that is named."""
+    found: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        if name != BASE:
+            found.setdefault(name, []).append(row)
+    return {name: torch.tensor(rows, device=x.device) for name, rows in found.items()}
+
+
+def on_rows(rows: Rows, update: Callable[[Tensor, Tensor], Tensor], base: Tensor, x: Tensor) -> Tensor:
+    """``update(base, x)`` in these rows, ``base`` in the others."""
+    if rows is None:
+        return update(base, x)
+    return base.index_copy(0, rows, update(base[rows], x[rows]).to(base.dtype))
+
+
+def check_rows(layer: AdaptedLinear, x: Tensor, names: Sequence[str]) -> None:
+    """Refuse names that do not belong to the rows of x, or a layer that has adapters in its weight."""
+    if layer.merged:
+        raise ValueError(
+            f"{layer.module_name}: adapter_names= on a model with merged adapters ({', '.join(layer.merged_adapters)}"
+            "); expected none. Call unmerge_adapter() before."
+        )
+    if len(names) != len(x):
+        raise ValueError(
+            f"{layer.module_name}: adapter_names= has {len(names)} names for {len(x)} rows; expected one for each row "
+            "of the batch."
+        )
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let the layers of a model take ``adapter_names`` of these arguments of its forward, as long as this lasts.
+
+    Raises:
+        ValueError: the model is in training, or a name is of no adapter.
+        TypeError: it is no list of strings.
+    """
+    if kwargs.get("alora_offsets") is not None:
+        raise ValueError("alora_offsets=: found offsets; expected none: they are for aLoRA adapters alone.")
+    names = kwargs.get("adapter_names")
+    if names is None:
+        yield
+        return
+    _check(model, names)
+    beams = kwargs.get("num_beams") or 1
+    get_encoder = getattr(model, "get_encoder", None) if beams > 1 else None
+    encoder = get_encoder() if get_encoder is not None else None
+    unrepeated = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, (AdaptedLinear, AuxiliaryTrainingWrapper)):
+                for_rows = names if module in unrepeated else [name for name in names for _ in range(beams)]
+                handle = module.register_forward_pre_hook(partial(_hand_over, for_rows), with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield
+
+
+def _hand_over(names: Sequence[str], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _check(model: nn.Module, names: Any) -> None:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapter_names=: found {names!r}; expected a list with the name of an adapter for each row.")
+    if model.training:
+        raise ValueError("adapter_names= with a model in training mode; expected evaluation. Call model.eval() before.")
+    known = {name for layer in model.modules() if isinstance(layer, AdaptedLinear) for name in layer.qsvft_M}
+    if unknown := sorted(set(names) - known - {BASE}):
+        raise ValueError(
+            f"adapter_names=: found {unknown}, which this model does not have; expected some of {sorted(known)}, "
+            f"or '{BASE}' for rows without an adapter."
+        )
