@@ -556,6 +556,27 @@ MUTANTS = (
         ("tuner/test_mixed_batch.py",),
     ),
     Mutant(
+        "dW of a Conv1D in the layout of a linear layer",
+        "tuner/layer.py",
+        "return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta",
+        "return delta",
+        ("tuner/test_lora_export.py",),
+    ),
+    Mutant(
+        "a deleted adapter leaves its factors",
+        "tuner/layer.py",
+        "for key in set(self.qsvft_bases) - read:",
+        "for key in ():",
+        ("tuner/test_forms.py::test_a_deleted_adapter_leaves_nothing_behind_and_takes_nothing_of_another",),
+    ),
+    Mutant(
+        "a residual base made on meta",
+        "tuner/attach.py",
+        "@skip_init_on_device  #",
+        "#",
+        ("tuner/test_low_cpu_mem.py",),
+    ),
+    Mutant(
         "layer ignores the bound of its scale",
         "tuner/layer.py",
         "stored = bounded_inverse(s, rms)",

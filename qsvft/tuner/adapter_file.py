@@ -29,7 +29,7 @@ from ..maths.patterns import IndexPattern
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .parameter import with_coefficients
-from .probe import OTHER_FACTORS, TOLERANCE, content_digest
+from .probe import DIGEST_SIZE, OTHER_FACTORS, TOLERANCE, content_digest
 from .self_contained import FactorDigests, split_factors, stored_factors
 
 _RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest")
@@ -65,12 +65,16 @@ def _add_records(
     base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
     selected[f"{name}.qsvft_base.{adapter}"] = base
     if isinstance(pattern, IndexPattern) and layer.settings[adapter].pattern == "top_k":
-        selected[f"{name}.qsvft_entries.{adapter}"] = pattern.flat().cpu()
+        entries = pattern.flat()
+        selected[f"{name}.qsvft_entries.{adapter}"] = entries if entries.is_meta else entries.cpu()
     contents: list[Tensor | str] = [selected[key], selected[f"{name}.qsvft_probe.{adapter}"], base]
     if layer.settings[adapter].unit != "one":
         unit = torch.tensor(layer.units[adapter], dtype=torch.float32)
         selected[f"{name}.qsvft_unit.{adapter}"] = unit
         contents.append(unit)
+    if selected[key].is_meta:  # a model without values has names and shapes
+        selected[f"{name}.qsvft_digest.{adapter}"] = torch.empty(DIGEST_SIZE, dtype=torch.uint8, device="meta")
+        return
     contents += [pattern.digest(), digests.of_layer(layer, adapter)]
     selected[f"{name}.qsvft_digest.{adapter}"] = content_digest(*contents)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from peft.utils.integrations import skip_init_on_device
 from torch import Tensor, nn
 
 from ..maths import patterns
@@ -53,6 +54,7 @@ def _both_factors(form: Form, rank: int, W: Tensor, basis: Callable[[str], Basis
     return (other, inward) if form.kind == "input" else (inward, other)
 
 
+@skip_init_on_device  # with PEFT's low_cpu_mem_usage what is made here would lose its values
 def residual_base(
     base: nn.Module,
     rank: int,

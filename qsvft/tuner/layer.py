@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..maths.autocast import in_compute_dtype
 from ..maths.updates import bounded_inverse, input_side_update, output_side_update, two_sided_update, unit_of
@@ -289,8 +290,12 @@ class QSVFTLinear(AdaptedLinear):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW = U M Vᵀ (m, n) in fp32, what the forward applies, with the factors and the scale as held."""
-        return self._delta(adapter, self.original_weight().float())
+        """dW = U M Vᵀ in fp32, what the forward applies, with the factors and the scale as held.
+
+        (m, n) like the base layer's weight, or (n, m) where that is a Conv1D.
+        """
+        delta = self._delta(adapter, self.original_weight().float())
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def _delta(self, adapter: str, W: Tensor) -> Tensor:
         unit = torch.eye(self.in_features, dtype=torch.float32, device=W.device)
@@ -329,6 +334,15 @@ class QSVFTLinear(AdaptedLinear):
             device = next(self.base_layer.parameters()).device
             self.base_layer = self._unmerged.pop().to(device)
         self.merged_adapters = []
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; bases that no other adapter reads go as well. Directions beyond the others' ranks stay."""
+        super().delete_adapter(adapter_name)
+        self._expected_probe.pop(adapter_name, None)
+        self._verified.discard(adapter_name)
+        read = {key for form in self.forms.values() for key in form.keys}
+        for key in set(self.qsvft_bases) - read:
+            del self.qsvft_bases[key]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -25,6 +25,7 @@ from ..storage.digests import tensor_bytes
 
 TOLERANCE = 1e-2
 SIZE = 8
+DIGEST_SIZE = 32
 OTHER_FACTORS = (
     "If it was trained with factors computed elsewhere, give it those: load the base from the prepared directory "
     "(qsvft.from_pretrained(DIR) or AutoModelForCausalLM.from_pretrained(DIR)), or call qsvft.use_factors(model, DIR) "

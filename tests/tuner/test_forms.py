@@ -193,17 +193,38 @@ def test_by_default_each_layer_holds_both_factors(llama):
     assert len({id(basis) for layer in adapted for basis in layer.qsvft_bases.values()}) == 28
 
 
+OTHERS = [{}, {"factor_bits": 4}, {"factor_bits": 4, "sides": "one", "pattern": "banded"}, {"pattern": "top_k"}]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
 @pytest.mark.parametrize("way", [{"factor_bits": 4, "sides": "one"}, {}], ids=str)
-def test_a_deleted_adapter_leaves_nothing_keyed_by_its_name(llama, way):
+def test_a_deleted_adapter_leaves_nothing_behind_and_takes_nothing_of_another(llama, way, other):
     model = qsvft.prepare(load(llama), bits=4, **way)
-    expected = logits(model)
-    model.add_adapter("other", QSVFTConfig(task_type="CAUSAL_LM", **way))
+    expected, names = logits(model), [name for name, _ in model.named_modules()]
+    bytes_before = qsvft.held_bytes(model)
+    model.add_adapter("other", QSVFTConfig(task_type="CAUSAL_LM", **other))
     model.delete_adapter("other")
     layer = next(m for m in model.modules() if isinstance(m, QSVFTLinear))
     assert list(layer.qsvft_scale) == ([] if way == {} else ["default"])
     for kept in (layer.qsvft_M, layer.qsvft_pattern, layer.settings, layer.forms):
         assert list(kept) == ["default"]
+    assert qsvft.held_bytes(model) == bytes_before
+    assert [name for name, _ in model.named_modules()] == names
     assert torch.equal(logits(model), expected)
+
+
+def test_after_the_last_adapter_no_factor_is_held_and_a_new_one_is_attached(llama):
+    model = qsvft.prepare(load(llama), bits=4)
+    with pytest.warns(UserWarning, match="default"):
+        model.add_adapter("other", QSVFTConfig(task_type="CAUSAL_LM"))
+        model.delete_adapter("default")
+    base = logits(model)
+    model.delete_adapter("other")
+    assert qsvft.held_bytes(model)["factors"] == qsvft.held_bytes(model)["M"] == 0
+    model.add_adapter("new", QSVFTConfig(task_type="CAUSAL_LM"))
+    model.set_adapter("new")
+    assert torch.equal(logits(model), base)
+    assert not torch.equal(logits(randomize(model, "new")), base)
 
 
 def on_llama(way: dict) -> dict:
