@@ -285,6 +285,12 @@ PRIVATE_NAMES = [
         "a documented name",
     ),
     PrivateName(
+        "peft.utils.integrations.skip_init_on_device",
+        "tuner/attach.py",
+        "a residual base is made while PEFT puts new parameters on meta",
+        "a hook of the tuner before that",
+    ),
+    PrivateName(
         "peft.utils.other.AuxiliaryTrainingWrapper",
         "lean/chunked_loss.py",
         "a head inside of PEFT's wrappers lends their attributes",
@@ -418,6 +424,12 @@ PRIVATE_NAMES = [
         "from_config() on a model's class",
     ),
     PrivateName(
+        "transformers.PreTrainedModel._hf_peft_config_loaded",
+        "tuner/load_adapter.py",
+        "its own load_adapter sets it, and everything about adapters asks for it",
+        "load_adapter with a hook for the method's own loading",
+    ),
+    PrivateName(
         "transformers.PreTrainedModel._keep_in_fp32_modules",
         "checkpoint/source/architecture.py storage/quantization.py",
         "what is left in fp32, and not quantised",
@@ -500,6 +512,12 @@ PRIVATE_NAMES = [
         "checkpoint/prepared/quantizer.py",
         "a base of PreparedQuantizer: prepared weights are loaded as bitsandbytes' are",
         "a documented name",
+    ),
+    PrivateName(
+        "transformers.utils.loading_report.LoadStateDictInfo",
+        "tuner/load_adapter.py",
+        "what load_adapter returns, with the fields of its version",
+        "load_adapter with a hook for the method's own loading",
     ),
     PrivateName(
         "transformers.utils.quantization_config.QuantizationMethod",

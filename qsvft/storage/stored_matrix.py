@@ -91,8 +91,26 @@ def dense_rows(layout: Layout, parts: Parts, dtype: torch.dtype) -> Tensor:
     """The rows that ``parts`` hold, (rows, columns) in a floating dtype; a view where nothing has to be done."""
     if layout.bits == 16:
         return parts[0].to(dtype)
-    values = _int8_values(*parts) if layout.bits == 8 else _nf4_values(*parts)
+    make = _uncompiled_values if torch.compiler.is_compiling() else _values
+    values: Tensor = make(layout.bits, list(parts))
     return values[:, : layout.columns].to(dtype)
+
+
+def _values(bits: int, parts: list[Tensor]) -> Tensor:
+    """bf16, with whole blocks of columns."""
+    return _int8_values(*parts) if bits == 8 else _nf4_values(*parts)
+
+
+@torch.library.custom_op("qsvft::stored_values", mutates_args=())
+def _uncompiled_values(bits: int, parts: list[Tensor]) -> Tensor:
+    """The same where torch.compile does not look: Inductor would leave out roundings, and the map be another one."""
+    return _values(bits, parts)
+
+
+@_uncompiled_values.register_fake
+def _(bits: int, parts: list[Tensor]) -> Tensor:
+    codes = parts[0]
+    return codes.new_empty(codes.shape[0], codes.shape[1] * (2 if bits == 4 else 1), dtype=STORED_DTYPE)
 
 
 def _int8_values(codes: Tensor, scales: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..storage.nf4_product import slice_products
 from ..storage.weights import weight_as_held
 from .config import QSVFTConfig
 from .form import Form
-from .parameter import Coefficients, with_coefficients
+from .parameter import Coefficients, check_finite, with_coefficients
 from .read_weight import ReadWeight
 
 
@@ -66,16 +66,22 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         # Not persistent, so that PEFT does not save them; not keyed by adapter, so that it does not upcast them.
         self.qsvft_bases = nn.ModuleDict()
         self.qsvft_scale = BufferDict({}, persistent=False)
+        self._expected_probe: dict[str, Tensor] = {}
+        self._verified: set[str] = set()
         self.base_digest: bytes = b""
         self.merged_adapters: list[str] = []
         self._unmerged: list[nn.Module] = []  # in a list: it is not part of the module tree
-        self.register_load_state_dict_pre_hook(_take_old_names)
+        self.register_load_state_dict_pre_hook(_before_loading)
 
     def M(self, adapter: str) -> nn.Parameter:  # noqa: N802 - the paper's name
         """The entries of an adapter's M, in its pattern's order."""
         held = self.qsvft_M[adapter]
         assert isinstance(held, Coefficients)
         return held.weight
+
+    def check_finite(self, adapter: str) -> None:
+        """Refuse an M that holds NaN or Inf."""
+        check_finite(self.module_name, adapter, self.M(adapter))
 
     def pattern(self, adapter: str) -> patterns.Pattern:
         """The pattern of an adapter."""
@@ -117,7 +123,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return weight_as_held(self.original_base(), self.in_features)
 
 
-def _take_old_names(_: nn.Module, state_dict: dict[str, Tensor], prefix: str, *__: Any) -> None:
-    """Before a state is loaded: M under the names that it had."""
+def _before_loading(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Whatever door a state comes through: M by the names that it had, finite, and on this base before it is used."""
+    assert isinstance(layer, AdaptedLinear)
     for key in [key for key in state_dict if key.startswith(f"{prefix}qsvft_M.")]:
-        state_dict[with_coefficients(key)] = state_dict.pop(key)
+        M = state_dict[with_coefficients(key)] = state_dict.pop(key)
+        check_finite(layer.module_name, key.removeprefix(f"{prefix}qsvft_M.").removesuffix(".weight"), M)
+    layer._verified.clear()

@@ -28,13 +28,13 @@ from ..maths.aligned import aligned
 from ..maths.patterns import IndexPattern
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
-from .parameter import with_coefficients
+from .parameter import check_finite, with_coefficients
 from .probe import DIGEST_SIZE, OTHER_FACTORS, TOLERANCE, content_digest
 from .self_contained import FactorDigests, split_factors, stored_factors
 
 _RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest")
 _M, _PROBE = "qsvft_M.weight", "qsvft_probe"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def add_records(
@@ -52,7 +52,7 @@ def add_records(
     digests = FactorDigests(split_factors(factors)[0], complete=include_factors)
     for name, layer in layers:
         _add_records(selected, name, layer, adapter, digests)
-    prefix = _PREFIX if any(name.startswith(_PREFIX) for name, _ in layers) else ""
+    prefix = PREFIX if any(name.startswith(PREFIX) for name, _ in layers) else ""
     selected |= {f"{prefix}{key}": tensor for key, tensor in factors.items()}
 
 
@@ -60,6 +60,7 @@ def _add_records(
     selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adapter: str, digests: FactorDigests
 ) -> None:
     pattern = layer.pattern(adapter)
+    layer.check_finite(adapter)
     key = f"{name}.qsvft_M.{adapter}.weight"
     selected[key] = selected[key].to(torch.float32)
     base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
@@ -98,14 +99,14 @@ class AdapterReader:
 
     def check(self, layers: list[tuple[str, QSVFTLinear]], adapter: str, model: nn.Module) -> None:
         """Check every layer, then load patterns; raise ValueError at the first that does not fit."""
-        bare = {name.removeprefix(_PREFIX): layer for name, layer in layers}
+        bare = {name.removeprefix(PREFIX): layer for name, layer in layers}
         saved_whole = _saved_whole(model, adapter)
         for key in list(self.parameters):
             owner = next((key.removesuffix(f".{leaf}") for leaf in (_M, _PROBE) if key.endswith(f".{leaf}")), None)
             if owner is not None:
-                if owner.removeprefix(_PREFIX) not in bare:
+                if owner.removeprefix(PREFIX) not in bare:
                     raise ValueError(
-                        f"{owner.removeprefix(_PREFIX)}: the adapter has an M for this layer, but the model has no "
+                        f"{owner.removeprefix(PREFIX)}: the adapter has an M for this layer, but the model has no "
                         f"such adapted layer (it has {len(bare)}). It was made for another model, or with other "
                         "target_modules."
                     )
@@ -117,17 +118,17 @@ class AdapterReader:
     def _pass_over_base(self, key: str, model: nn.Module) -> None:
         """Leave out a tensor that the base has as it is (PEFT saves embeddings beside an adapter); refuse any other."""
         found, state = self.parameters.pop(key), model.state_dict()
-        held = state.get(key, state.get(key.removeprefix(_PREFIX)))
+        held = state.get(key, state.get(key.removeprefix(PREFIX)))
         if held is None or held.shape != found.shape or not torch.equal(held.to(found.device, found.dtype), found):
             what = "no tensor of this adapter" if held is None else "a tensor of the base with other values"
             raise ValueError(
-                f"{key.removeprefix(_PREFIX)}: the adapter's file has {what}; expected M, its records and factors, and "
+                f"{key.removeprefix(PREFIX)}: the adapter's file has {what}; expected M, its records and factors, and "
                 "modules that its config names in modules_to_save. An adapter does not change the base: train such a "
                 "module with modules_to_save, or load the base that the adapter was trained on."
             )
 
     def _find(self, name: str, leaf: str) -> Tensor:
-        for key in (f"{_PREFIX}{name}.{leaf}", f"{name}.{leaf}"):
+        for key in (f"{PREFIX}{name}.{leaf}", f"{name}.{leaf}"):
             for source in (self.parameters, self.records):
                 if key in source:
                     return source[key]
@@ -146,6 +147,7 @@ class AdapterReader:
                 f"{tuple(expected.shape)} (pattern '{self.config.pattern}' at rank {layer.pattern(adapter).rank} on a "
                 f"{layer.out_features} x {layer.in_features} weight). The adapter is of another model or config."
             )
+        check_finite(name, adapter, M)
         if layer.settings[adapter].pattern == "top_k":
             self._load_entries(name, layer, adapter, self._find(name, "qsvft_entries"))
         contents: list[Tensor | str] = [M, probe, base]
@@ -162,8 +164,8 @@ class AdapterReader:
         if not difference <= TOLERANCE:
             raise ValueError(self._mismatch(name, layer, adapter, bytes(base.cpu().tolist()), difference))
         # The probe at hand takes the place of the saved one, so that saving again writes what is true here.
-        key = next(k for k in (f"{_PREFIX}{name}.{_PROBE}", f"{name}.{_PROBE}") if k in self.parameters)
-        self.parameters[key] = layer._expected_probe[adapter].clone()
+        key = next(k for k in (f"{PREFIX}{name}.{_PROBE}", f"{name}.{_PROBE}") if k in self.parameters)
+        self.parameters[key] = layer.probe_here(adapter)
 
     def _load_entries(self, name: str, layer: QSVFTLinear, adapter: str, entries: Tensor) -> None:
         old = layer.pattern(adapter)

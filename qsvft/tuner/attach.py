@@ -54,7 +54,8 @@ def _both_factors(form: Form, rank: int, W: Tensor, basis: Callable[[str], Basis
     return (other, inward) if form.kind == "input" else (inward, other)
 
 
-@skip_init_on_device  # with PEFT's low_cpu_mem_usage what is made here would lose its values
+# Without the decorator what is made here would lose its values with PEFT's low_cpu_mem_usage.
+@skip_init_on_device  # type: ignore[untyped-decorator]
 def residual_base(
     base: nn.Module,
     rank: int,

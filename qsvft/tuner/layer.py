@@ -66,8 +66,6 @@ class QSVFTLinear(AdaptedLinear):
         sources: Sources = NOWHERE,
     ) -> None:
         super().__init__(base_layer, module_name, shape_of(base_layer, module_name))
-        self._expected_probe: dict[str, Tensor] = {}
-        self._verified: set[str] = set()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, sources)
 
@@ -245,7 +243,7 @@ class QSVFTLinear(AdaptedLinear):
     def _set_probe(self, adapter: str, weight: Tensor) -> None:
         probe = self.compute_probe(adapter, weight)
         self._expected_probe[adapter] = probe
-        self.qsvft_probe[adapter] = probe.clone()
+        self.qsvft_probe[adapter] = self.probe_here(adapter)
         self._verified.discard(adapter)
 
     @torch.no_grad()
@@ -266,6 +264,15 @@ class QSVFTLinear(AdaptedLinear):
             wx = times_transpose(x, W)
             return self._apply_form(adapter, torch.zeros_like(wx), wx, values)
         return self._apply_form(adapter, x.new_zeros(x.shape[0], self.out_features), x, values)
+
+    def refuse(self, adapter: str) -> None:
+        """Let nobody use an adapter that was refused when it was loaded, but that stays attached."""
+        self.qsvft_probe[adapter].fill_(torch.nan)
+        self._verified.discard(adapter)
+
+    def probe_here(self, adapter: str) -> Tensor:
+        """The probe that an adapter has on this base."""
+        return self._expected_probe[adapter].clone()
 
     def probe_difference(self, adapter: str, probe: Tensor) -> float:
         """Relative difference of a saved probe to the one computed on this base."""
@@ -314,6 +321,7 @@ class QSVFTLinear(AdaptedLinear):
             return
         for name in names:
             self._check(name)
+            self.check_finite(name)
         original = self.original_base()
         W = self.original_weight().float()
         merged = W.clone()

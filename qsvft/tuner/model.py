@@ -147,8 +147,14 @@ class QSVFTModel(BaseTuner):
         cls, model: nn.Module, config: QSVFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check the saved adapter against this base, refuse it or hand M and the probe on."""
-        reader = AdapterReader(state_dict, config, describe_model(model))
-        reader.check(named_layers(model, adapter_name), adapter_name, model)
+        layers = named_layers(model, adapter_name)
+        try:
+            reader = AdapterReader(state_dict, config, describe_model(model))
+            reader.check(layers, adapter_name, model)
+        except ValueError:
+            for _, layer in layers:
+                layer.refuse(adapter_name)
+            raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, reader.parameters)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:

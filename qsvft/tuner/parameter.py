@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..storage.weights import all_finite
+
 
 class Float32Parameter(nn.Parameter):
     """An ``nn.Parameter`` in fp32 whose ``data`` cannot lose precision by a cast."""
@@ -81,3 +83,14 @@ def with_coefficients(key: str) -> str:
     """A tensor's name as it is today: M was ``<layer>.qsvft_M`` in a file, ``<layer>.qsvft_M.<adapter>`` in a state."""
     _, found, rest = key.rpartition(".qsvft_M")
     return f"{key}.weight" if found and rest.count(".") < 2 and not rest.endswith(".weight") else key
+
+
+def check_finite(layer: str, adapter: str, M: Tensor) -> None:
+    """Refuse an M that holds NaN or Inf; one without values passes."""
+    if M.is_meta or all_finite(M):
+        return
+    bad = int((~torch.isfinite(M)).sum())
+    raise ValueError(
+        f"{layer}: M of adapter '{adapter}' holds {bad} NaN or Inf values of {M.numel()}; expected finite numbers. Its "
+        "training diverged, or its file is damaged: take an earlier checkpoint, and train with a lower learning rate."
+    )

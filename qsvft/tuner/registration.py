@@ -5,7 +5,8 @@ PEFT's own ``register_peft_method`` does it, once the method has its member of `
 
 Three of PEFT's functions are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
 ``include_factors=`` (and would pass over it); a config remembers where it was read, because PEFT hands an adapter's
-config on without saying so; and options that are gone are refused, which PEFT would leave out with a warning.
+config on without saying so; and options that are gone are refused, which PEFT would leave out with a warning. So is
+one of transformers', ``load_adapter`` (:mod:`.load_adapter`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import peft
 from peft import PeftModel
 from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, register_peft_method
+from transformers.integrations.peft import PeftAdapterMixin
 
 from .config import QSVFTConfig
+from .load_adapter import checked, has_read
 from .model import QSVFTModel
 from .peft_type import NAME, QSVFT
 from .removed import without_removed
@@ -34,6 +37,7 @@ def register() -> None:
     PeftModel.save_pretrained = _with_factors(PeftModel.save_pretrained)
     PeftConfigMixin.from_pretrained = classmethod(_remembering(PeftConfigMixin.from_pretrained.__func__))
     PeftConfigMixin.from_peft_type = classmethod(_of_this_version(PeftConfigMixin.from_peft_type.__func__))
+    PeftAdapterMixin.load_adapter = checked(PeftAdapterMixin.load_adapter)
 
 
 def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
@@ -81,6 +85,7 @@ def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
         config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, QSVFTConfig):
             config.read_from(str(pretrained_model_name_or_path), subfolder, kwargs)
+            has_read(config)
         return config
 
     return from_pretrained

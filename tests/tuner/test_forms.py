@@ -215,8 +215,8 @@ def test_a_deleted_adapter_leaves_nothing_behind_and_takes_nothing_of_another(ll
 
 def test_after_the_last_adapter_no_factor_is_held_and_a_new_one_is_attached(llama):
     model = qsvft.prepare(load(llama), bits=4)
+    model.add_adapter("other", QSVFTConfig(task_type="CAUSAL_LM"))
     with pytest.warns(UserWarning, match="default"):
-        model.add_adapter("other", QSVFTConfig(task_type="CAUSAL_LM"))
         model.delete_adapter("default")
     base = logits(model)
     model.delete_adapter("other")

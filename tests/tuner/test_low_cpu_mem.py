@@ -26,7 +26,9 @@ def test_an_adapter_without_values_has_the_names_shapes_and_dtypes_of_one_with_t
     found = []
     for on_meta in (True, False):
         model = qsvft.quantize(load(llama), 4)
-        config = QSVFTConfig(pattern=pattern, sides=sides, off_diagonals=2, rank=8, target_modules=["q_proj", "up_proj"])
+        config = QSVFTConfig(
+            pattern=pattern, sides=sides, off_diagonals=2, rank=8, target_modules=["q_proj", "up_proj"]
+        )
         inject_adapter_in_model(config, model, low_cpu_mem_usage=on_meta)
         tensors = get_peft_model_state_dict(model)
         assert any(tensor.is_meta for tensor in tensors.values()) is on_meta
