@@ -17,7 +17,7 @@ from .checkpoint.making.job import Job, chosen_dtype, open_job
 from .checkpoint.making.plan import stored_forms
 from .checkpoint.making.streaming import chosen_device
 from .checkpoint.prepared.record import prepared_record, recorded_options
-from .checkpoint.source.architecture import base_class
+from .checkpoint.source.architecture import load_base
 from .lean.option import shows
 from .lean.switches import Switches, without_switches
 from .lean.vocabulary import check_embeddings, quantize_embeddings
@@ -173,9 +173,7 @@ def _load(
     read = _read_config(path_or_id, hub)
     record = prepared_record(read) or {}
     _check_bits(path_or_id, bits, record)
-    model = base_class(read).from_pretrained(
-        path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub
-    )
+    model = load_base(read, path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub)
     return model, record
 
 

@@ -13,9 +13,10 @@ from transformers import AutoConfig
 
 from .checkpoint.making.streaming import companions
 from .checkpoint.prepared.record import prepared_record
-from .checkpoint.source.architecture import base_class
+from .checkpoint.source.architecture import load_base
 from .storage.quantization import quantize
 from .storage.whole_files import check_folder_writable
+from .storage.whole_folders import SAVING, finish_saving, whole_folder
 from .tuner.config import QSVFTConfig
 from .use_factors import use_factors
 
@@ -52,29 +53,31 @@ def merge_adapter(
         raise ValueError(f"{adapter}: names no base model; expected one. Give it: base= (--base on the command line).")
     folder = Path(target)
     check_folder_writable(folder)
-    if (first := next(iter(sorted(path.name for path in folder.iterdir())), None)) is not None:
-        raise ValueError(f"{folder}: holds something already ({first!r}); expected a new directory. Give another.")
+    finish_saving(folder)
+    _check_empty(folder)
     model = _base(base, config, device_map, progress)
     if factors is not None:
         use_factors(model, factors)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    staging = folder.with_name(f".{folder.name}.qsvft-merging")
-    try:
+    with whole_folder(folder) as staging:
+        _check_empty(folder)  # another may have been faster
         merged.save_pretrained(staging)
         for path in companions(Path(base)) if Path(base).is_dir() else ():
             if not (staging / path.name).exists():
                 shutil.copyfile(path, staging / path.name)
-        folder.rmdir()
-        os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _check_empty(folder: Path) -> None:
+    if found := sorted({path.name for path in folder.iterdir()} - {SAVING}):
+        raise ValueError(f"{folder}: holds something already ({found[0]!r}); expected a new directory. Give another.")
 
 
 def _base(base: str | os.PathLike[str], config: QSVFTConfig, device_map: Any, progress: bool) -> Any:
     """The base model, quantised."""
     read = AutoConfig.from_pretrained(base)
-    model = base_class(read).from_pretrained(base, dtype="auto", device_map=device_map)
+    brought = [name.rpartition(".")[2] for name in config.modules_to_save or ()]
+    model = load_base(read, base, brought, dtype="auto", device_map=device_map)
     if prepared_record(read) is not None:
         return model
     held = config.held_base()

@@ -7,7 +7,8 @@ For each adapted layer, in adapter_model.safetensors:
     <layer>.qsvft_base     (32,) uint8        SHA-256 of the base weight as stored
     <layer>.qsvft_entries  (entries,) int64   top_k only: positions i * k + j
     <layer>.qsvft_unit     () fp32            alpha, which multiplies M; none where it is 1 (config.unit "one")
-    <layer>.qsvft_digest   (32,) uint8        SHA-256 of M, probe, base, unit and factors if any, and the pattern
+    <layer>.qsvft_digest   (32,) uint8        SHA-256 of all this, factors and the layer's place (adapter_digest.py)
+    qsvft_whole            (32,) uint8        SHA-256 of the digests, and of the modules that were trained whole
 
 The random pattern is drawn again from its seed; the digest shows that it came out the same. Factors are saved
 only with a self-contained adapter (self_contained.py). Everything read here is treated as hostile until it is
@@ -17,7 +18,7 @@ checked.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +27,24 @@ from torch import Tensor, nn
 
 from ..maths.aligned import aligned
 from ..maths.patterns import IndexPattern
+from .adapter_digest import layer_digest, layer_digest_before, whole_digest
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .parameter import check_finite, with_coefficients
-from .probe import DIGEST_SIZE, OTHER_FACTORS, TOLERANCE, content_digest
+from .probe import DIGEST_SIZE, OTHER_FACTORS, TOLERANCE
 from .self_contained import FactorDigests, split_factors, stored_factors
 
-_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest")
-_M, _PROBE = "qsvft_M.weight", "qsvft_probe"
+_RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest", "qsvft_whole")
+_M, _PROBE, _WHOLE = "qsvft_M.weight", "qsvft_probe", "qsvft_whole"
 PREFIX = "base_model.model."
 
 
 def add_records(
-    selected: dict[str, Tensor], layers: Sequence[tuple[str, QSVFTLinear]], adapter: str, include_factors: bool
+    selected: dict[str, Tensor],
+    layers: Sequence[tuple[str, QSVFTLinear]],
+    adapter: str,
+    include_factors: bool,
+    whole: Mapping[str, Tensor],
 ) -> None:
     """Add the records of an adapter's layers, and its factors if asked for, to what is saved.
 
@@ -47,37 +53,40 @@ def add_records(
         layers: with their names in the state dict.
         adapter: its name.
         include_factors: whether it is to be self-contained.
+        whole: the tensors of modules that are trained whole, by their names in the state dict.
     """
     factors = stored_factors((layer for _, layer in layers), adapter) if include_factors else {}
     digests = FactorDigests(split_factors(factors)[0], complete=include_factors)
-    for name, layer in layers:
-        _add_records(selected, name, layer, adapter, digests)
+    of_layers = {name: _add_records(selected, name, layer, adapter, digests) for name, layer in layers}
     prefix = PREFIX if any(name.startswith(PREFIX) for name, _ in layers) else ""
+    on_meta = any(tensor.is_meta for tensor in (*of_layers.values(), *whole.values()))
+    selected[f"{prefix}{_WHOLE}.{adapter}"] = _no_digest() if on_meta else whole_digest(of_layers, whole, adapter)
     selected |= {f"{prefix}{key}": tensor for key, tensor in factors.items()}
 
 
 def _add_records(
     selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adapter: str, digests: FactorDigests
-) -> None:
-    pattern = layer.pattern(adapter)
+) -> Tensor:
+    """The layer's digest, which is the last of them."""
     layer.check_finite(adapter)
-    key = f"{name}.qsvft_M.{adapter}.weight"
+    pattern, key = layer.pattern(adapter), f"{name}.qsvft_M.{adapter}.weight"
     selected[key] = selected[key].to(torch.float32)
     base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
-    selected[f"{name}.qsvft_base.{adapter}"] = base
+    found = {_M: selected[key], _PROBE: selected[f"{name}.qsvft_probe.{adapter}"], "qsvft_base": base}
     if isinstance(pattern, IndexPattern) and layer.settings[adapter].pattern == "top_k":
         entries = pattern.flat()
-        selected[f"{name}.qsvft_entries.{adapter}"] = entries if entries.is_meta else entries.cpu()
-    contents: list[Tensor | str] = [selected[key], selected[f"{name}.qsvft_probe.{adapter}"], base]
+        found["qsvft_entries"] = entries if entries.is_meta else entries.cpu()
     if layer.settings[adapter].unit != "one":
-        unit = torch.tensor(layer.units[adapter], dtype=torch.float32)
-        selected[f"{name}.qsvft_unit.{adapter}"] = unit
-        contents.append(unit)
-    if selected[key].is_meta:  # a model without values has names and shapes
-        selected[f"{name}.qsvft_digest.{adapter}"] = torch.empty(DIGEST_SIZE, dtype=torch.uint8, device="meta")
-        return
-    contents += [pattern.digest(), digests.of_layer(layer, adapter)]
-    selected[f"{name}.qsvft_digest.{adapter}"] = content_digest(*contents)
+        found["qsvft_unit"] = torch.tensor(layer.units[adapter], dtype=torch.float32)
+    # A model without values has names and shapes.
+    digest = _no_digest() if selected[key].is_meta else layer_digest(name, layer, adapter, found, digests)
+    records = {leaf: tensor for leaf, tensor in found.items() if leaf in _RECORDS}
+    selected |= {f"{name}.{leaf}.{adapter}": tensor for leaf, tensor in {**records, "qsvft_digest": digest}.items()}
+    return digest
+
+
+def _no_digest() -> Tensor:
+    return torch.empty(DIGEST_SIZE, dtype=torch.uint8, device="meta")
 
 
 class AdapterReader:
@@ -91,6 +100,7 @@ class AdapterReader:
 
     def __init__(self, state_dict: dict[str, Tensor], config: QSVFTConfig, here: dict[str, Any]) -> None:
         self.config, self.here = config, here
+        self._from_before = False
         factors, others = split_factors(state_dict)
         self.digests = FactorDigests(factors, complete=config.include_factors)
         others = {key: aligned(tensor) for key, tensor in others.items()}  # who assigns them computes with them
@@ -100,7 +110,7 @@ class AdapterReader:
     def check(self, layers: list[tuple[str, QSVFTLinear]], adapter: str, model: nn.Module) -> None:
         """Check every layer, then load patterns; raise ValueError at the first that does not fit."""
         bare = {name.removeprefix(PREFIX): layer for name, layer in layers}
-        saved_whole = _saved_whole(model, adapter)
+        saved_whole = saved_whole_keys(model, adapter)
         for key in list(self.parameters):
             owner = next((key.removesuffix(f".{leaf}") for leaf in (_M, _PROBE) if key.endswith(f".{leaf}")), None)
             if owner is not None:
@@ -112,8 +122,23 @@ class AdapterReader:
                     )
             elif key not in saved_whole:
                 self._pass_over_base(key, model)
-        for name, layer in bare.items():
-            self._check_layer(name, layer, adapter)
+        digests = {name: self._check_layer(name, layer, adapter) for name, layer in bare.items()}
+        whole = {key: self.parameters[key] for key in saved_whole if key in self.parameters}
+        self._check_whole(digests, whole, adapter)
+
+    def _check_whole(self, digests: dict[str, Tensor], whole: dict[str, Tensor], adapter: str) -> None:
+        """That all layers and modules in the file are of one save; a file from before does not say so."""
+        expected = next((tensor for key, tensor in self.records.items() if key.endswith(_WHOLE)), None)
+        if expected is None and not self._from_before:
+            raise ValueError(
+                f"the adapter's file has no {_WHOLE}, the digest of all of it; found {len(self.records)} other records."
+                " It is incomplete: copy it again, or save the adapter again."
+            )
+        if expected is not None and not torch.equal(whole_digest(digests, whole, adapter), expected.cpu()):
+            raise ValueError(
+                f"the adapter's {len(digests)} layers and {len(whole)} tensors of modules_to_save do not match their "
+                "common digest: some are of another save, or were changed. Copy or save the adapter again."
+            )
 
     def _pass_over_base(self, key: str, model: nn.Module) -> None:
         """Leave out a tensor that the base has as it is (PEFT saves embeddings beside an adapter); refuse any other."""
@@ -137,7 +162,8 @@ class AdapterReader:
             "The file is incomplete, or was not written by qsvft: save the adapter again."
         )
 
-    def _check_layer(self, name: str, layer: QSVFTLinear, adapter: str) -> None:
+    def _check_layer(self, name: str, layer: QSVFTLinear, adapter: str) -> Tensor:
+        """The layer's digest, which its tensors match."""
         M, probe = self._find(name, _M), self._find(name, _PROBE)
         base, digest = self._find(name, "qsvft_base"), self._find(name, "qsvft_digest")
         expected = layer.M(adapter)
@@ -150,22 +176,26 @@ class AdapterReader:
         check_finite(name, adapter, M)
         if layer.settings[adapter].pattern == "top_k":
             self._load_entries(name, layer, adapter, self._find(name, "qsvft_entries"))
-        contents: list[Tensor | str] = [M, probe, base]
+        found = {_M: M, _PROBE: probe, "qsvft_base": base}
+        if layer.settings[adapter].pattern == "top_k":
+            found["qsvft_entries"] = self._find(name, "qsvft_entries")
         if layer.settings[adapter].unit != "one":
-            contents.append(self._load_unit(name, layer, adapter))
-        contents += [layer.pattern(adapter).digest(), self.digests.of_layer(layer, adapter)]
-        if not torch.equal(content_digest(*contents), digest.cpu()):
-            raise ValueError(
-                f"{name}: the adapter's contents do not match their digest: the file was changed or damaged after it "
-                f"was saved, or its pattern ('{self.config.pattern}', seed {self.config.seed}) does not come out the "
-                "same here. Copy or save the adapter again."
-            )
+            found["qsvft_unit"] = self._load_unit(name, layer, adapter)
+        if not torch.equal(layer_digest(name, layer, adapter, found, self.digests), digest.cpu()):
+            if not torch.equal(layer_digest_before(layer, adapter, found, self.digests), digest.cpu()):
+                raise ValueError(
+                    f"{name}: the adapter's contents do not match their digest: its file or config was changed or "
+                    f"damaged after it was saved, or its pattern ('{self.config.pattern}', seed {self.config.seed}) "
+                    "does not come out the same here. Copy or save the adapter again."
+                )
+            self._from_before = True
         difference = layer.probe_difference(adapter, probe)
         if not difference <= TOLERANCE:
             raise ValueError(self._mismatch(name, layer, adapter, bytes(base.cpu().tolist()), difference))
         # The probe at hand takes the place of the saved one, so that saving again writes what is true here.
         key = next(k for k in (f"{PREFIX}{name}.{_PROBE}", f"{name}.{_PROBE}") if k in self.parameters)
         self.parameters[key] = layer.probe_here(adapter)
+        return digest
 
     def _load_entries(self, name: str, layer: QSVFTLinear, adapter: str, entries: Tensor) -> None:
         old = layer.pattern(adapter)
@@ -210,7 +240,7 @@ class AdapterReader:
         )
 
 
-def _saved_whole(model: nn.Module, adapter: str) -> set[str]:
+def saved_whole_keys(model: nn.Module, adapter: str) -> set[str]:
     """The state's keys of the modules that the adapter trains whole."""
     return {
         f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}"

@@ -20,7 +20,7 @@ from ..storage.factor_names import parse_name
 from ..storage.quantization import dequantize, disable_cpu_repacking
 from ..storage.weights import HeldLinear, describe_base
 from ..version import __version__
-from .adapter_file import AdapterReader, add_records
+from .adapter_file import AdapterReader, add_records, saved_whole_keys
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .mixed_batch import mixed_batch
@@ -134,7 +134,8 @@ class QSVFTModel(BaseTuner):
         """M and the probe, with what loading checks, and the factors of a self-contained adapter."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         config.base = describe_model(model)
-        add_records(selected, named_layers(model, adapter_name), adapter_name, config.include_factors)
+        whole = {key: state_dict[key] for key in saved_whole_keys(model, adapter_name) if key in state_dict}
+        add_records(selected, named_layers(model, adapter_name), adapter_name, config.include_factors, whole)
         return selected
 
     @classmethod

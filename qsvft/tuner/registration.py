@@ -13,7 +13,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -22,11 +26,14 @@ from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ..storage.whole_folders import finish_saving, whole_folder
 from .config import QSVFTConfig
 from .load_adapter import checked, has_read
 from .model import QSVFTModel
 from .peft_type import NAME, QSVFT
 from .removed import without_removed
+
+MODEL_CARD = "README.md"
 
 
 def register() -> None:
@@ -41,38 +48,48 @@ def register() -> None:
 
 
 def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
-    """``PeftModel.save_pretrained`` with ``include_factors``, for this save in place of the configs' own."""
+    """``PeftModel.save_pretrained`` of our adapters: weights and config as one state, and with ``include_factors``."""
 
     @functools.wraps(save)
     def save_pretrained(
         self: PeftModel, save_directory: Any, *args: Any, include_factors: bool | None = None, **kwargs: Any
     ) -> None:
-        if include_factors is None:
-            return save(self, save_directory, *args, **kwargs)
         given = inspect.signature(save).bind(self, save_directory, *args, **kwargs).arguments
         names = given.get("selected_adapters") or list(self.peft_config)
         configs = [self.peft_config[name] for name in names if isinstance(self.peft_config.get(name), QSVFTConfig)]
-        if not configs:
-            kinds = sorted({str(config.peft_type.value) for config in self.peft_config.values()})
-            raise ValueError(
-                f"save_pretrained(include_factors=...): none of the adapters {names} is a QSVFT one (found "
-                f"{', '.join(kinds)}); expected one. Leave include_factors out."
-            )
-        if include_factors and not given.get("safe_serialization", True):
-            raise ValueError(
-                "save_pretrained(include_factors=True): factors are read from a safetensors file; expected "
-                "safe_serialization=True. Leave safe_serialization out."
-            )
+        if include_factors is not None:
+            _check_include_factors(self, names, configs, include_factors, given)
+        if not configs or not given.get("is_main_process", True) or os.path.isfile(save_directory):
+            return save(self, save_directory, *args, **kwargs)
         before = [config.include_factors for config in configs]
         try:
             for config in configs:
-                config.include_factors = bool(include_factors)
-            return save(self, save_directory, *args, **kwargs)
+                config.include_factors = config.include_factors if include_factors is None else bool(include_factors)
+            with whole_folder(Path(save_directory)) as staging:
+                with suppress(FileNotFoundError):  # PEFT adds to a model card that is there
+                    shutil.copyfile(Path(save_directory) / MODEL_CARD, staging / MODEL_CARD)
+                save(self, str(staging), *args, **kwargs)
         finally:
             for config, value in zip(configs, before, strict=True):
                 config.include_factors = value
 
     return save_pretrained
+
+
+def _check_include_factors(
+    model: PeftModel, names: list[str], configs: list[QSVFTConfig], include_factors: bool, given: dict[str, Any]
+) -> None:
+    if not configs:
+        kinds = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
+        raise ValueError(
+            f"save_pretrained(include_factors=...): none of the adapters {names} is a QSVFT one (found "
+            f"{', '.join(kinds)}); expected one. Leave include_factors out."
+        )
+    if include_factors and not given.get("safe_serialization", True):
+        raise ValueError(
+            "save_pretrained(include_factors=True): factors are read from a safetensors file; expected "
+            "safe_serialization=True. Leave safe_serialization out."
+        )
 
 
 def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,6 +99,9 @@ def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(
         cls: Any, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
+        folder = Path(str(pretrained_model_name_or_path), subfolder or "")
+        for one in (folder, folder.parent):  # PEFT saves an adapter of another name one directory further down
+            finish_saving(one)
         config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, QSVFTConfig):
             config.read_from(str(pretrained_model_name_or_path), subfolder, kwargs)

@@ -43,8 +43,8 @@ class FactorDigests:
     def __init__(self, tensors: Mapping[FactorName, Tensor], complete: bool) -> None:
         self._tensors, self._complete = tensors, complete
 
-    def of_layer(self, layer: AdaptedLinear, adapter: str) -> str:
-        """One text for all of a layer's factors, "" for none.
+    def of_layer(self, layer: AdaptedLinear, adapter: str, described: bool = False) -> str:
+        """One text for all of a layer's factors, "" for none; ``described`` with their names, dtypes and shapes.
 
         Raises:
             ValueError: one of them is missing.
@@ -55,9 +55,9 @@ class FactorDigests:
             names.append(names[0]._replace(part=SCALE))
         for held in form.keys:
             names += [FactorName(layer.module_name, held.plain, part) for part in PARTS[layer.basis(held).stored.bits]]
-        return "".join(self._of_tensor(name) for name in names)
+        return "".join(self._of_tensor(name, described) for name in names)
 
-    def _of_tensor(self, name: FactorName) -> str:
+    def _of_tensor(self, name: FactorName, described: bool) -> str:
         if name not in self._tensors:
             if self._complete:
                 raise ValueError(
@@ -65,7 +65,9 @@ class FactorDigests:
                     f"{len(self._tensors)} other factors. It is incomplete: copy it again, or save the adapter again."
                 )
             return ""
-        return bytes(content_digest(self._tensors[name]).tolist()).hex()
+        tensor = self._tensors[name]
+        what = f"{name.key} {name.part} {tensor.dtype} {tuple(tensor.shape)} " if described else ""
+        return what + bytes(content_digest(tensor).tolist()).hex()
 
 
 def split_factors(state_dict: Mapping[str, Tensor]) -> tuple[dict[FactorName, Tensor], dict[str, Tensor]]:

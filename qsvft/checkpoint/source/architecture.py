@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ...storage.left_dense import under
 from .checkpoint import Checkpoint
 from .index import CONFIG
 from .renames import dtype_pattern
@@ -50,10 +52,31 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-def base_class(config: PretrainedConfig | None) -> Any:
-    """The class that a checkpoint's config names, a causal language model where it names none."""
+def load_base(
+    config: PretrainedConfig | None, path_or_id: str | os.PathLike[str], brought: Collection[str] = (), **options: Any
+) -> Any:
+    """The model of a checkpoint, of the class that its config names, a causal language model where it names none.
+
+    Args:
+        config: the checkpoint's.
+        path_or_id: where it is.
+        brought: modules that it may lack, by any part of their names, since an adapter has them.
+        **options: as in transformers' ``from_pretrained``.
+
+    Raises:
+        ValueError: weights are missing, which transformers would make up.
+    """
     names = getattr(config, "architectures", None) or []
-    return getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+    cls: Any = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
+    model, report = cls.from_pretrained(path_or_id, output_loading_info=True, **options)
+    missing = sorted(key for key in report["missing_keys"] if not under(key, brought))
+    if missing:
+        raise ValueError(
+            f"{path_or_id}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as "
+            f"{', '.join(missing[:3])}; expected all of them. transformers would make them up at random. Copy or "
+            "download the checkpoint again, or save it from the class that it is to be loaded as."
+        )
+    return model
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:

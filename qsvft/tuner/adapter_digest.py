@@ -1,0 +1,72 @@
+"""The digests in an adapter's file, which show that what is together belongs together, and is as it was saved.
+
+``qsvft_digest`` of a layer is over its place in the model, its map in words, and the name, dtype, shape and bytes of
+each of its tensors; ``qsvft_whole`` is over the digests of all layers and the modules that were trained whole. Neither
+is a signature: whoever changes a file on purpose can make them anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from .adapted import AdaptedLinear
+from .probe import content_digest
+from .self_contained import FactorDigests
+
+
+def layer_digest(
+    name: str, layer: AdaptedLinear, adapter: str, tensors: Mapping[str, Tensor], factors: FactorDigests
+) -> Tensor:
+    """SHA-256 of what an adapter's file has for one layer, and of what its config says about the map there.
+
+    Args:
+        name: the layer's name in the model.
+        layer: with the adapter's form, pattern and unit.
+        adapter: its name.
+        tensors: those of the file, by the last part of their names.
+        factors: those of the file.
+    """
+    form, pattern = layer.forms[adapter], layer.pattern(adapter)
+    words = {
+        "layer": _place(name, 1),
+        "form": form.kind,
+        "bases": [key.plain for key in form.keys],
+        "entries": pattern.digest(),
+        "factors": factors.of_layer(layer, adapter, described=True),
+    }
+    return content_digest(json.dumps(words, sort_keys=True), *_described(tensors))
+
+
+def layer_digest_before(
+    layer: AdaptedLinear, adapter: str, tensors: Mapping[str, Tensor], factors: FactorDigests
+) -> Tensor:
+    """The same as it was in files from before: over bytes alone, and not bound to the layer's place."""
+    known = [tensors[leaf] for leaf in ("qsvft_M.weight", "qsvft_probe", "qsvft_base", "qsvft_unit") if leaf in tensors]
+    return content_digest(*known, layer.pattern(adapter).digest(), factors.of_layer(layer, adapter))
+
+
+def whole_digest(layers: Mapping[str, Tensor], whole: Mapping[str, Tensor], adapter: str) -> Tensor:
+    """SHA-256 of all of an adapter.
+
+    Args:
+        layers: their digests, by their names.
+        whole: the tensors of modules that were trained whole, by their names in the model's state.
+        adapter: its name, which those names hold.
+    """
+    kept = {_place(key.replace(f".modules_to_save.{adapter}", ""), 2): tensor for key, tensor in whole.items()}
+    return content_digest(*_described({_place(name, 1): digest for name, digest in layers.items()}), *_described(kept))
+
+
+def _place(name: str, last: int) -> str:
+    """The numbers and the last parts of a name: libraries rename what stands before, and an adapter is the same."""
+    parts = name.split(".")
+    return ".".join([*(part for part in parts[:-last] if part.isdigit()), *parts[-last:]])
+
+
+def _described(tensors: Mapping[str, Tensor]) -> Iterator[Tensor | str]:
+    for name, tensor in sorted(tensors.items()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)} "
+        yield tensor
