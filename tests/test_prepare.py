@@ -266,8 +266,8 @@ REFUSALS = {
     ),
     "as many off-diagonals as the rank": (
         None,
-        {"pattern": "banded", "rank_pattern": {"down_proj": 8}},
-        r"down_proj: off_diagonals=8 needs a rank above it, found rank 8 .* at most 7: lower it",
+        {"pattern": "banded", "rank": 8},
+        r"q_proj: off_diagonals=8 needs a rank above it, found rank 8, the highest of all .* at most 7: lower it",
     ),
     "NaN in the last layer": (
         lambda model: with_weight(model, LAST, set_first(float("nan"))),

@@ -31,7 +31,7 @@ def choose_pattern(
         basis: gives the layer's bases by key.
         module_name: the layer's name, part of the random pattern's seed.
     """
-    d = config.off_diagonals
+    d = min(config.off_diagonals, rank - 1)
     if config.pattern == "plain":
         return patterns.plain(rank)
     if config.pattern == "banded":

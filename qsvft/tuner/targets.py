@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..storage.linear_layers import is_other_linear, read_directly
 from ..storage.residual import ResidualLinear
@@ -16,6 +17,8 @@ from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
 from .config import DENSE_RANK, QSVFTConfig
 from .names import check_names, check_rank_pattern, short_names
+
+logger = logging.get_logger(__name__)
 
 
 def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[str] = ()) -> list[str]:
@@ -67,11 +70,30 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
                 "Leave it out of target_modules, or add it to exclude_modules."
             )
         check_weight(name, layer.original_base() if isinstance(layer, AdaptedLinear) else layer)
-        rank_of(config, name, shapes[name])
         if config.residual_base:
             _check_dense(name, layer)
     _check_rank(config, shapes)
+    _check_band(config, {name: rank_of(config, name, shape) for name, shape in shapes.items()})
     return names
+
+
+def _check_band(config: QSVFTConfig, ranks: Mapping[str, int]) -> None:
+    """A band that not one of the layers can hold is a mistake; a layer that has few directions takes all of M."""
+    d = config.off_diagonals
+    narrow = [name for name, rank in ranks.items() if rank <= d]
+    if config.pattern in ("plain", "dense") or not narrow:
+        return
+    most = max(ranks, key=lambda name: ranks[name])
+    if len(narrow) == len(ranks):
+        raise ValueError(
+            f"{most}: off_diagonals={d} needs a rank above it, found rank {ranks[most]}, the highest of all layers. "
+            f"Expected off_diagonals of at most {ranks[most] - 1}: lower it, or use pattern='plain' or 'dense'."
+        )
+    shown = ", ".join(f"{name} (k = {ranks[name]})" for name in narrow[:3])
+    logger.warning_once(
+        f"off_diagonals={d} is cut to k - 1, which is all of M, in {len(narrow)} of {len(ranks)} layers, which have "
+        f"fewer directions: {shown}{', ...' if len(narrow) > 3 else ''}"
+    )
 
 
 def _check_rank(config: QSVFTConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -130,7 +152,7 @@ def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int]) -> int:
     """k of a layer of shape (outputs, inputs): ``config.rank``, or all directions of a layer that has fewer.
 
     Raises:
-        ValueError: ``rank_pattern`` asks for more than there are, or a band for more than k.
+        ValueError: ``rank_pattern`` asks for more than there are.
     """
     (m, n), limit = shape, min(shape)
     rank = limit if config.rank is None else min(config.rank, limit)
@@ -141,11 +163,5 @@ def rank_of(config: QSVFTConfig, name: str, shape: tuple[int, int]) -> int:
         raise ValueError(
             f"{name}: rank={rank} in rank_pattern is over the limit; its weight is {m} x {n}, expected a rank of "
             f"at most {limit}."
-        )
-    if config.pattern not in ("plain", "dense") and config.off_diagonals >= rank:
-        raise ValueError(
-            f"{name}: off_diagonals={config.off_diagonals} needs a rank above it, found rank {rank} (its weight is "
-            f"{m} x {n}). Expected off_diagonals of at most {rank - 1}: lower it, use pattern='plain', or exclude the "
-            "module with exclude_modules."
         )
     return rank
