@@ -689,6 +689,20 @@ MUTANTS = (
         ("storage/test_whole_folders.py",),
     ),
     Mutant(
+        "a weighted sum forgets what 1 in M stood for",
+        "tuner/weighted_sum.py",
+        "w * layer.units[a] * layer.M(a).double()",
+        "w * layer.units[name] * layer.M(a).double()",
+        ("tuner/test_weighted_sum.py",),
+    ),
+    Mutant(
+        "adapters between other directions are added up",
+        "tuner/weighted_sum.py",
+        "if len(set(what.values())) > 1:",
+        "if False:",
+        ("tuner/test_weighted_sum.py",),
+    ),
+    Mutant(
         "layer ignores the bound of its scale",
         "tuner/layer.py",
         "stored = bounded_inverse(s, rms)",

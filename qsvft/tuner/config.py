@@ -47,6 +47,7 @@ def _strings(value: Any) -> bool:
     return isinstance(value, Collection) and all(isinstance(one, str) for one in value)
 
 
+ALL_LINEAR = "all-linear"
 DENSE_RANK = 128
 """k of a dense M where none is given."""
 LEAN_BITS, PAPER_BITS = 8, 16
@@ -63,7 +64,7 @@ class QSVFTConfig(PeftConfig):
 
     Args:
         target_modules: names of the linear layers to adapt, a regular expression, or "all-linear"
-            (every linear layer except the output head).
+            (every linear layer except the output head), which None means as well.
         exclude_modules: names, or a regular expression, of layers to leave out.
         modules_to_save: modules to train and save whole, such as a fresh classification head.
         rank: k, how many directions M acts on; a layer with fewer takes all of its min(m, n). None is 128 for a dense
@@ -197,6 +198,9 @@ class QSVFTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = QSVFT
         self.where_read: tuple[str, str | None, dict[str, Any]] | None = None  # no field: not part of the config
+        wanted = self.target_modules
+        if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):  # as PEFT reads it
+            self.target_modules = ALL_LINEAR
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):

@@ -27,6 +27,7 @@ from .mixed_batch import mixed_batch
 from .progress import progress_shown
 from .sources import NOWHERE, Sources, sources_of
 from .targets import all_linear, check_targets
+from .weighted_sum import add_up, check_alike, check_sum
 
 
 class QSVFTModel(BaseTuner):
@@ -110,6 +111,23 @@ class QSVFTModel(BaseTuner):
         """What PeftModel asks for around a forward and generate: rows with adapters of their own."""
         with mixed_batch(self.model, kwargs):
             yield
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add an adapter whose change is the sum of others' with these weights: dW = sum of w_i dW_i, exactly.
+
+        Args:
+            adapters: names of adapters with the same directions and entries of M.
+            weights: one for each; they may be negative.
+            adapter_name: of the new one, which is not made active.
+
+        Raises:
+            ValueError: naming what is unknown, or the layer where the adapters are not the same map.
+        """
+        check_sum(self.peft_config, adapters, weights, adapter_name)
+        check_alike(self.model, adapters)
+        self.peft_config[adapter_name] = self.peft_config[adapters[0]]  # the same object: the new one is its twin
+        self.inject_adapter(self.model, adapter_name)
+        add_up(self.model, adapters, weights, adapter_name)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, which in training writes what it writes in evaluation."""

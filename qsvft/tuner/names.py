@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 
+from peft.utils import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -93,7 +94,7 @@ def _compiled(field: str, expression: str) -> re.Pattern[str]:
 
 def _refuse(model: nn.Module, field: str, name: str, known: Collection[str]) -> None:
     several = list(dict.fromkeys(known))
-    raise ValueError(
+    raise NoMatchingPeftModuleError(
         f"{field}: '{name}' matches no module of {type(model).__name__}; expected names of its linear layers, such as "
         f"{', '.join(map(repr, several[:12])) or 'none: it has no linear layer'}.{_hint(name.split('.')[-1], several)}"
     )

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -33,8 +34,8 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         The names of the layers that will be adapted.
 
     Raises:
-        ValueError: a name that matches nothing, no layer left, a rank or a band too large for a layer, a
-            weight that cannot be decomposed.
+        NoMatchingPeftModuleError: a ValueError: a name that matches nothing, or no layer left.
+        ValueError: a rank or a band too large for every layer, a weight that cannot be decomposed.
         TypeError: a target that is not a linear layer.
     """
     wanted = copy.copy(config)
@@ -49,7 +50,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         if name and not any(name.startswith(a) for a in adapters) and check_target_module_exists(wanted, name)
     ]
     if not names:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"no layer of {type(model).__name__} is left to adapt: target_modules={config.target_modules!r}, "
             f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}. Expected at "
             f"least one linear layer; it has {short_names(model) or 'none'}."

@@ -11,7 +11,6 @@ from qsvft import QSVFTConfig
 REFUSED = [
     ("target_modules", [], "names, a regular expression or 'all-linear'"),
     ("target_modules", "", "names, a regular expression or 'all-linear'"),
-    ("target_modules", None, "names, a regular expression or 'all-linear'"),
     ("target_modules", ["q_proj", 3], "strings"),
     ("exclude_modules", [3], "strings"),
     ("modules_to_save", [None], "strings"),
@@ -166,3 +165,8 @@ def test_a_file_that_is_not_json_is_refused_by_its_path(tmp_path, content):
     with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON .* take a copy or save") as refusal:
         QSVFTConfig.from_pretrained(str(tmp_path))
     assert str(tmp_path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("said", [None, "all-linear", "ALL-LINEAR", "All-Linear"])
+def test_all_linear_is_read_as_peft_reads_it(said):
+    assert QSVFTConfig(target_modules=said).target_modules == "all-linear"

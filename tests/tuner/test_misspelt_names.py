@@ -1,7 +1,7 @@
 """Names in a config that match nothing are refused, whatever field they stand in."""
 
 import pytest
-from peft import PeftModel
+from peft import NoMatchingPeftModuleError, PeftModel
 from small_models import load, logits, randomize
 from transformers import AutoModelForSequenceClassification
 
@@ -78,3 +78,10 @@ def test_an_adapter_whose_config_has_names_of_elsewhere_loads(llama, tmp_path):
         again = PeftModel.from_pretrained(qsvft.quantize(load(llama), 4), tmp_path)
     assert (logits(again) == expected).all()
     assert isinstance(again.peft_config["default"], QSVFTConfig)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q_prj"]}, {"exclude_modules": r".*_proj"}], ids=str)
+def test_who_waits_for_pefts_error_of_no_match_gets_it(llama, options):
+    model = load(llama)
+    with pytest.raises(NoMatchingPeftModuleError):
+        qsvft.prepare(model, 4, progress=False, **options)
