@@ -21,7 +21,7 @@ from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .storage.alignment import align_tensors
 from .storage.quantization import held_bits, quantize
-from .storage.weights import dense_weight
+from .storage.weights import check_tensors, dense_weight
 from .tuner.calibration import calibrate, check_calibration, with_basis
 from .tuner.config import QSVFTConfig
 from .tuner.progress import progress_bars
@@ -99,6 +99,7 @@ def prepare(
     check_calibration(config, calibration)
     trained_whole = whole(config)
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
+    check_tensors((name, tensor) for name, tensor in model.named_parameters() if name.rpartition(".")[0] not in targets)
     check_residual(config, bits)
     vocabulary.check_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     align_tensors(model, odd_only=True)  # otherwise what the base computes could change in its last bits

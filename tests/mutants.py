@@ -460,7 +460,7 @@ MUTANTS = (
     Mutant(
         "NaN in a weight let through",
         "storage/weights.py",
-        "if all_finite(weight):",
+        "if all_finite(tensor):",
         "if True:",
         ("storage/test_quantization.py",),
     ),
@@ -701,6 +701,20 @@ MUTANTS = (
         "if len(set(what.values())) > 1:",
         "if False:",
         ("tuner/test_weighted_sum.py",),
+    ),
+    Mutant(
+        "NaN in an embedding is prepared",
+        "prepare.py",
+        "    check_tensors(",
+        "    list(",
+        ("test_prepare.py",),
+    ),
+    Mutant(
+        "NaN in a norm is written",
+        "checkpoint/making/work.py",
+        "    check_tensors(",
+        "    list(",
+        ("checkpoint/making/test_streaming.py",),
     ),
     Mutant(
         "layer ignores the bound of its scale",

@@ -279,6 +279,21 @@ REFUSALS = {
         {},
         r"model\.layers\.1\.mlp\.down_proj: its weight holds 2 NaN or Inf values of 8192; expected finite .* load",
     ),
+    "NaN in a norm": (
+        lambda model: with_weight(model, "model.layers.1.input_layernorm", set_first(float("nan"))),
+        {},
+        r"^model\.layers\.1\.input_layernorm: its weight holds \d+ NaN or Inf values of 64; expected finite",
+    ),
+    "Inf in the embeddings": (
+        lambda model: with_weight(model, "model.embed_tokens", set_first(float("inf"))),
+        {},
+        r"^model\.embed_tokens: its weight holds \d+ NaN or Inf values of 6144; expected finite",
+    ),
+    "NaN in the head": (
+        lambda model: with_weight(model, "lm_head", set_first(float("nan"))),
+        {},
+        r"^lm_head: its weight holds \d+ NaN or Inf values of 6144; expected finite",
+    ),
     "an unsupported dtype": (
         lambda model: model.double(),
         {},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -68,12 +68,24 @@ def check_weight(name: str, layer: nn.Module) -> None:
                 "float16. Convert the model first, for example with model.to(torch.bfloat16)."
             )
         return  # another library's packed integers, read through the layer itself
-    if all_finite(weight):
+    _refuse_infinite(name, "its weight", weight)
+
+
+def check_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse parameters that are no layer's weight, such as embeddings and norms, with NaN or Inf in them, by name."""
+    for name, tensor in tensors:
+        if tensor.dtype in _FLOATS and not tensor.is_meta:
+            module, _, leaf = name.rpartition(".")
+            _refuse_infinite(module or name, f"its {leaf}", tensor)
+
+
+def _refuse_infinite(name: str, what: str, tensor: Tensor) -> None:
+    if all_finite(tensor):
         return
     # Some rows at a time: a mask of the whole is as large as the weight in 8 bits.
-    bad = sum(int((~torch.isfinite(rows)).sum()) for rows in weight.detach().split(_UNIT_ROWS))
+    bad = sum(int((~torch.isfinite(rows)).sum()) for rows in tensor.detach().split(_UNIT_ROWS))
     raise ValueError(
-        f"{name}: its weight holds {bad} NaN or Inf values of {weight.numel()}; expected finite "
+        f"{name}: {what} holds {bad} NaN or Inf values of {tensor.numel()}; expected finite "
         "numbers. The checkpoint is damaged, or overflowed in float16; load it again, in bfloat16 or "
         "float32."
     )

@@ -16,7 +16,7 @@ from ...storage.factor_files import factor_tensors, length_tensors, residual_ten
 from ...storage.factors import make_bases, measured_scale
 from ...storage.quantization import quantized_linear
 from ...storage.residual import residual_linear
-from ...storage.weights import check_weight, dense_weight
+from ...storage.weights import check_tensors, check_weight, dense_weight
 from ..source.checkpoint import Checkpoint
 from ..source.names import read_piece
 from .plan import Options, StoredForm, Unit
@@ -43,6 +43,10 @@ def finish_unit(
     """
     written = _read(unit, checkpoint, model)
     read, source = dict(written), tensors_digest(written)
+    others = dict(model.named_parameters()).keys() - (
+        {f"{unit.layer.name}.weight"} if unit.layer is not None else set()
+    )
+    check_tensors((name, tensor) for name, tensor in written.items() if name in others)
     if unit.layer is not None:
         name = unit.layer.name
         layer = _layer(model, name, read)

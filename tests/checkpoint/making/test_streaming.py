@@ -403,11 +403,15 @@ def test_two_at_once_do_not_write_into_one_target(llama, tmp_path):
         prepared(llama, tmp_path / "prepared")
 
 
-def test_nan_names_its_layer_and_leaves_what_is_finished(changeable, tmp_path):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj", "model.embed_tokens", "model.layers.0.input_layernorm", "lm_head"]
+)
+def test_nan_names_its_layer_and_leaves_what_is_finished(changeable, tmp_path, name, value):
     tensors = load_file(changeable / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    tensors[f"{name}.weight"].view(-1)[7] = value
     save_file(tensors, changeable / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: its weight holds 1 NaN or Inf"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: its weight holds 1 NaN or Inf"):
         prepared(changeable, tmp_path / "prepared")
     assert not targets.is_finished(tmp_path / "prepared")
 
