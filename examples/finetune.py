@@ -190,6 +190,7 @@ def train(model, tokenizer, examples, options):
             args=arguments,
             train_dataset=[encode(example, tokenizer) for example in examples],
             data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
+            callbacks=[qsvft.StopAtNaN()],
         )
         trainer.train()
 

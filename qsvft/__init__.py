@@ -20,6 +20,7 @@ from .storage.quantization import quantize
 from .tuner import QSVFTConfig, QSVFTModel
 from .tuner.calibration import calibrate
 from .tuner.learning_rate import suggest_learning_rate
+from .tuner.stop_at_nan import StopAtNaN
 from .use_factors import use_factors
 from .version import __version__
 
@@ -28,6 +29,7 @@ __all__ = [
     "QSVFTConfig",
     "QSVFTModel",
     "Recommendation",
+    "StopAtNaN",
     "__version__",
     "calibrate",
     "describe",

@@ -717,6 +717,13 @@ MUTANTS = (
         ("checkpoint/making/test_streaming.py",),
     ),
     Mutant(
+        "training goes on with a NaN loss",
+        "tuner/stop_at_nan.py",
+        "norms = [torch.nn.utils.get_total_norm(gradients), *self._losses]",
+        "norms = [torch.nn.utils.get_total_norm(gradients)]",
+        ("tuner/test_stop_at_nan.py",),
+    ),
+    Mutant(
         "layer ignores the bound of its scale",
         "tuner/layer.py",
         "stored = bounded_inverse(s, rms)",
