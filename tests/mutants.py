@@ -724,6 +724,13 @@ MUTANTS = (
         ("tuner/test_stop_at_nan.py",),
     ),
     Mutant(
+        "a base that is damaged a little is taken without a word",
+        "tuner/adapter_file.py",
+        "        if other:\n            logger",
+        "        if False:\n            logger",
+        ("tuner/test_doors.py",),
+    ),
+    Mutant(
         "layer ignores the bound of its scale",
         "tuner/layer.py",
         "stored = bounded_inverse(s, rms)",

@@ -17,6 +17,7 @@ checked.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,6 +36,8 @@ from .probe import DIGEST_SIZE, OTHER_FACTORS, TOLERANCE
 from .self_contained import FactorDigests, split_factors, stored_factors
 
 _RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest", "qsvft_whole")
+logger = logging.getLogger(__name__)
+
 _M, _PROBE, _WHOLE = "qsvft_M.weight", "qsvft_probe", "qsvft_whole"
 PREFIX = "base_model.model."
 
@@ -125,6 +128,19 @@ class AdapterReader:
         digests = {name: self._check_layer(name, layer, adapter) for name, layer in bare.items()}
         whole = {key: self.parameters[key] for key in saved_whole if key in self.parameters}
         self._check_whole(digests, whole, adapter)
+        self._say_other_base(bare)
+
+    def _say_other_base(self, layers: Mapping[str, QSVFTLinear]) -> None:
+        """A weight that is not the same bit for bit, though no probe feels it, is damaged or was made otherwise."""
+        here = {name: layer.base_digest for name, layer in layers.items()}
+        other = [name for name in here if bytes(self._find(name, "qsvft_base").cpu().tolist()) != here[name]]
+        if other:
+            logger.warning(
+                "the weights of %d of %d layers, such as %s, are not bit for bit those that the adapter was trained "
+                "on; its probes differ by at most %g. They may be of another dtype or quantised on another device, or "
+                "the checkpoint is damaged.",
+                *(len(other), len(layers), other[0], TOLERANCE),
+            )
 
     def _check_whole(self, digests: dict[str, Tensor], whole: dict[str, Tensor], adapter: str) -> None:
         """That all layers and modules in the file are of one save; a file from before does not say so."""

@@ -222,3 +222,16 @@ def test_what_training_left_broken_is_neither_saved_nor_merged(llama, tmp_path, 
     assert not (tmp_path / WEIGHTS).exists()
     with pytest.raises(ValueError, match=message):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("door", [peft, transformers, transformers_state], ids=lambda door: door.__name__)
+def test_a_base_that_differs_by_less_than_the_probe_feels_is_said(llama, saved, door, caplog):
+    base = load(llama)
+    with caplog.at_level("WARNING", logger="qsvft"):
+        door(load(llama), saved[0])
+        assert not caplog.records
+        with torch.no_grad():
+            base.model.layers[1].mlp.down_proj.weight[3, 4] *= 1 + 2**-7  # its last bit
+        door(base, saved[0])
+    (record,) = caplog.records
+    assert "1 of 14 layers, such as model.layers.1.mlp.down_proj, are not bit for bit those" in record.getMessage()
