@@ -99,7 +99,8 @@ def prepare(
     check_calibration(config, calibration)
     trained_whole = whole(config)
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
-    check_tensors((name, tensor) for name, tensor in model.named_parameters() if name.rpartition(".")[0] not in targets)
+    weights_seen = {f"{name}.weight" for name in targets}
+    check_tensors((name, tensor) for name, tensor in model.named_parameters() if name not in weights_seen)
     check_residual(config, bits)
     vocabulary.check_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     align_tensors(model, odd_only=True)  # otherwise what the base computes could change in its last bits

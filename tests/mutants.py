@@ -719,8 +719,8 @@ MUTANTS = (
     Mutant(
         "training goes on with a NaN loss",
         "tuner/stop_at_nan.py",
-        "norms = [torch.nn.utils.get_total_norm(gradients), *self._losses]",
-        "norms = [torch.nn.utils.get_total_norm(gradients)]",
+        "norms = [*self._losses, *(",
+        "norms = [*(",
         ("tuner/test_stop_at_nan.py",),
     ),
     Mutant(

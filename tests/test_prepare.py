@@ -238,6 +238,12 @@ def with_weight(model, name, change):
     return model
 
 
+def with_bias(model, name, value):
+    layer = model.get_submodule(name)
+    layer.bias = torch.nn.Parameter(torch.full((layer.out_features,), value, dtype=layer.weight.dtype))
+    return model
+
+
 def set_first(value):
     return lambda weight: weight.view(-1)[:2].fill_(value)
 
@@ -283,6 +289,11 @@ REFUSALS = {
         lambda model: with_weight(model, "model.layers.1.input_layernorm", set_first(float("nan"))),
         {},
         r"^model\.layers\.1\.input_layernorm: its weight holds \d+ NaN or Inf values of 64; expected finite",
+    ),
+    "NaN in the bias of a layer that is adapted": (
+        lambda model: with_bias(model, LAST, float("nan")),
+        {},
+        r"^model\.layers\.1\.mlp\.down_proj: its bias holds 64 NaN or Inf values of 64; expected finite",
     ),
     "Inf in the embeddings": (
         lambda model: with_weight(model, "model.embed_tokens", set_first(float("inf"))),

@@ -58,8 +58,9 @@ class StopAtNaN(TrainerCallback):
         model = kwargs["model"]
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         # One number for all, so that the card is waited for once.
-        norms = [torch.nn.utils.get_total_norm(gradients), *self._losses] if gradients else []
-        if args.fp16 or not norms or bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):
+        norms = [*self._losses, *([torch.nn.utils.get_total_norm(gradients)] if gradients else [])]
+        alike = [norm.to(norms[0].device, torch.float32) for norm in norms]
+        if args.fp16 or not norms or bool(torch.isfinite(torch.stack(alike).sum())):
             self._forget()
             return
         what = "the loss" if not all(bool(torch.isfinite(loss)) for loss in self._losses) else "the gradient"
