@@ -75,8 +75,10 @@ def test_it_ends_at_the_step_and_names_the_first_module(llama, tmp_path, spoil, 
 
 
 def nan_loss(model, _):
-    """As of a batch without labels: the loss is NaN, the gradient is none or zero."""
-    hook = model.get_base_model().register_forward_hook(lambda _, __, out: setattr(out, "loss", out.loss * 0 / 0))
+    """As of a batch without labels: the loss is NaN, the gradient is finite."""
+    hook = model.get_base_model().register_forward_hook(
+        lambda _, __, out: setattr(out, "loss", out.loss + float("nan"))
+    )
     model.hook = hook
 
 
