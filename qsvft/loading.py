@@ -16,6 +16,7 @@ from .checkpoint.making.cache import prepared_in_cache
 from .checkpoint.making.job import Job, chosen_dtype, open_job
 from .checkpoint.making.plan import stored_forms
 from .checkpoint.making.streaming import chosen_device
+from .checkpoint.prepared.check import open_prepared
 from .checkpoint.prepared.record import prepared_record, recorded_options
 from .checkpoint.source.architecture import load_base
 from .lean.option import shows
@@ -51,6 +52,7 @@ def from_pretrained(
     device: str | torch.device | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    verify: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> PeftModel:
@@ -75,6 +77,8 @@ def from_pretrained(
         cache_dir: where checkpoints are kept once prepared; None for $QSVFT_CACHE or ~/.cache/qsvft.
         workers, device: for the preparation, see :func:`prepare_checkpoint`.
         revision, token: for a hub id.
+        verify: compare every value of a prepared directory with those that were written. All of it is read once more,
+            at about 1 GB/s; structure, config and small tensors are compared always.
         progress: show progress bars.
         **options: switches and fields of :class:`QSVFTConfig`, see :func:`prepare`. What is not given is as the
             directory was prepared for.
@@ -113,6 +117,8 @@ def from_pretrained(
         undecomposed = _without_directions(job)
         path_or_id, hub = prepared_in_cache(undecomposed, cache_dir, workers, chosen_device(device), progress), {}
     model, record = _load(path_or_id, bits, dtype, device_map, hub)
+    if verify:
+        open_prepared(model.hf_quantizer.folder).check(values=True, progress=progress)
     if fit is not None:
         options = fitting_options(model, fit, record["bits"], {**_fixed(record), **options}, progress)
     if factors is not None:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoint.prepared.check import open_prepared
 from .checkpoint.prepared.record import read_record, recorded_fields
 from .storage.factor_files import FactorFiles
 from .storage.tensor_files import TensorFiles
@@ -44,7 +45,9 @@ def use_factors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "prepare(), get_peft_model() or PeftModel.from_pretrained()."
         )
     recorded_fields((read_record(directory) or {}).get("adapter") or {}, os.fspath(directory))
-    tensors = TensorFiles.from_folder(directory)
+    prepared = open_prepared(directory)
+    prepared.check()
+    tensors = prepared.files
     factors = FactorFiles(tensors.paths)
     if not factors:
         raise ValueError(

@@ -183,7 +183,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "bitsandbytes.nn.Int8Params.SCB",
-        "storage/quantization.py storage/weights.py checkpoint/prepared/quantizer.py",
+        "storage/quantization.py storage/weights.py checkpoint/prepared/check.py",
         "the rows' scales, as a layer has them before its first forward and as it is saved",
         "documented fields",
         _takes(bnb.nn.Int8Params.__new__, "SCB"),
@@ -218,7 +218,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "bitsandbytes.nn.Params4bit.bitsandbytes__nf4",
-        "checkpoint/prepared/quantizer.py",
+        "checkpoint/prepared/check.py",
         "a prepared directory's layers in 4 bits are known by the name of their saved state",
         "a documented file format",
         _saved_in_4_bits,
@@ -425,7 +425,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "transformers.PreTrainedModel._hf_peft_config_loaded",
-        "tuner/load_adapter.py",
+        "tuner/load_adapter.py checkpoint/prepared/quantizer.py",
         "its own load_adapter sets it, and everything about adapters asks for it",
         "load_adapter with a hook for the method's own loading",
     ),
@@ -463,7 +463,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "transformers.PreTrainedModel.all_tied_weights_keys",
-        "checkpoint/source/tied.py",
+        "checkpoint/source/tied.py checkpoint/prepared/model_state.py",
         "which weights a model ties",
         "a documented attribute",
         _in_a_model("all_tied_weights_keys"),

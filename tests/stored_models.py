@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import qsvft
+from qsvft.checkpoint.prepared.check import open_prepared
 from qsvft.maths import decomposition
 from qsvft.storage.factor_files import FactorFiles, factor_tensors, length_tensors
 from qsvft.storage.factors import measured_scale
-from qsvft.storage.tensor_files import TensorFiles
 from qsvft.storage.tensor_writer import write_tensors
 from qsvft.tuner import QSVFTLinear
 
@@ -48,7 +48,7 @@ def named_factors(model: nn.Module) -> dict[str, Tensor]:
 
 def factors_in(folder: Path) -> FactorFiles:
     """Those of a directory."""
-    return FactorFiles(TensorFiles.from_folder(folder).paths)
+    return FactorFiles(open_prepared(folder).files.paths)
 
 
 def write(folder: Path, base: nn.Module, factors: dict[str, Tensor]) -> Path:

@@ -9,6 +9,7 @@ import typer
 
 from ..version import __version__
 from .errors import OneLineErrors
+from .info import info
 from .merge import merge
 from .prepare import prepare
 from .profile import profile
@@ -16,6 +17,7 @@ from .profile import profile
 app = typer.Typer(
     name="qsvft", cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+app.command("info")(info)
 app.command("merge")(merge)
 app.command("prepare")(prepare)
 app.command("profile")(profile)

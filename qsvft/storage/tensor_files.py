@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..maths.aligned import aligned
-from .tensor_index import INDEX_NAME, SINGLE_NAME, read_index
 
 
 class TensorFiles:
@@ -32,28 +30,6 @@ class TensorFiles:
     def __init__(self, files: Mapping[str, str | os.PathLike[str]]) -> None:
         self.paths = {name: os.path.abspath(path) for name, path in files.items()}
         self._open: dict[str, Any] = {}
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> TensorFiles:
-        """The files of a checkpoint: the single model.safetensors, as for transformers, or those its index names.
-
-        Raises:
-            FileNotFoundError: neither is there.
-            ValueError: the index or the file is damaged.
-        """
-        index, single = Path(folder) / INDEX_NAME, Path(folder) / SINGLE_NAME
-        if single.is_file():
-            return cls.from_file(single)
-        if index.is_file():
-            try:
-                shards, _ = read_index(index)
-            except ValueError as error:
-                raise ValueError(
-                    f"{index}: not an index of safetensors files ({error}); expected weight_map with a file of the "
-                    "same folder for each tensor. It is damaged: copy it again, or make the directory again."
-                ) from error
-            return cls({name: index.parent / shard for name, shard in shards.items()})
-        raise FileNotFoundError(f"{folder}: expected {INDEX_NAME} or {SINGLE_NAME} in it, found neither")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], remedy: str = "make it again") -> TensorFiles:

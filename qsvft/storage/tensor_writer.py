@@ -42,7 +42,8 @@ DTYPES = {
 }
 """The dtypes that a file may hold, by safetensors' names."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""And back."""
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
@@ -61,7 +62,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
     position = 0
     for name, tensor in ordered:
         extent = [position, position + tensor.nbytes]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": extent}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": extent}
         position = extent[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)

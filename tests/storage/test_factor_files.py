@@ -263,7 +263,7 @@ def test_a_truncated_file_is_refused_by_its_path(tmp_path, size):
     written(tmp_path, 16)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file .* copy it again"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file.* copy or download"):
         factors_in(tmp_path)
 
 
@@ -285,7 +285,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 )
 def test_a_damaged_index_is_refused_by_its_path(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"index\.json: not an index of safetensors files .* weight_map"):
+    with pytest.raises(ValueError, match=r"index\.json: found .*expected"):
         factors_in(tmp_path)
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small_models import same_tensors
 
-from qsvft.checkpoint.source.headers import read_shard
+from qsvft.storage.headers import read_shard
 from qsvft.storage.tensor_files import TensorFiles
 from qsvft.storage.tensor_writer import DTYPES, write_tensors
 

@@ -366,7 +366,7 @@ def test_use_factors_refuses_a_directory_without_the_weight(llama, stored):
     tensors = load_file(path)
     del tensors["model.layers.0.mlp.down_proj.weight"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.down_proj: .* and none there"):
+    with pytest.raises(ValueError, match=r"found no model\.layers\.0\.mlp\.down_proj\.weight; expected every part"):
         qsvft.use_factors(base(llama), folder)
 
 
@@ -376,7 +376,9 @@ def test_use_factors_refuses_a_damaged_quantisation_state(llama, stored):
     tensors = load_file(path)
     tensors["model.layers.0.mlp.down_proj.weight.quant_state.bitsandbytes__nf4"].fill_(7)
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"cannot dequantise model\.layers\.0\.mlp\.down_proj\.weight"):
+    with pytest.raises(
+        ValueError, match=r"mlp\.down_proj\.weight\.quant_state\S*: found \d+ bytes that are no valid JSON"
+    ):
         qsvft.use_factors(base(llama), folder)
 
 

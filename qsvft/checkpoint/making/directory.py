@@ -12,23 +12,25 @@ a crash, a full disk or a kill leaves whole units and nothing else that counts.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils.logging import tqdm
 
 from ...storage.tensor_index import INDEX_NAME
 from ...storage.tensor_writer import write_tensors
 from ...storage.whole_files import check_folder_writable, whole_file
+from ..prepared.check import open_file
+from ..prepared.digests import CONFIG, TENSORS, TensorRecord, as_text, config_sha256, tensor_record
 from ..prepared.record import is_finished
 
 MANIFEST = ".qsvft-preparing.json"
@@ -37,13 +39,15 @@ WRITING = ".qsvft-writing"
 _OURS = ".qsvft-"
 _SPARE_BYTES = 64 * 2**20
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Record:
-    """A finished unit: its file, its tensors and the digest of what was read for it."""
+    """A finished unit: its file, its tensors as they were written, and the digest of what was read for it."""
 
     file: str
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, TensorRecord]
     nbytes: int
     source: str
 
@@ -132,11 +136,16 @@ class Directory:
                 "which a preparation was interrupted. Give another target."
             )
 
-    def finished(self) -> dict[str, Record]:
-        """The units that are there and whole, by name; what an interrupted writer left is removed."""
+    def finished(self, progress: bool = False) -> dict[str, Record]:
+        """The units that are there with the values that were written; what an interrupted writer left is removed.
+
+        Args:
+            progress: show a progress bar: all that is finished is read.
+        """
         shutil.rmtree(self.folder / WRITING, ignore_errors=True)
         found = {}
-        for number, unit in enumerate(self.units):
+        units = tqdm(self.units, desc="checking what is finished", unit="part", leave=False, disable=not progress)
+        for number, unit in enumerate(units):
             record = self._record(number, unit)
             if record is not None:
                 found[unit] = record
@@ -147,16 +156,16 @@ class Directory:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as handle:
-                metadata, names = handle.metadata() or {}, tuple(handle.keys())
-        except (SafetensorError, OSError):
+            held = open_file(path)
+            held.check(values=True)
+        except (ValueError, OSError) as error:
+            logger.warning("%s is made again: %s", path.name, error)
             return None
-        if metadata.get("qsvft_unit") != unit or metadata.get("qsvft_plan") != self.plan:
+        metadata = held.shards[path.name].metadata
+        if (metadata.get("qsvft_unit"), metadata.get("qsvft_plan")) != (unit, self.plan) or not held.records:
             return None
-        nbytes = int(metadata["qsvft_bytes"])
-        if metadata["qsvft_names"] != names_digest(names):
-            return None
-        return Record(path.name, names, nbytes, metadata["qsvft_source"])
+        nbytes = sum(entry.nbytes for entry in held.entries.values())
+        return Record(path.name, held.records, nbytes, metadata.get("qsvft_source", ""))
 
     def write(self, number: int, tensors: dict[str, Tensor], source: str) -> Record:
         """Write a finished unit whole.
@@ -167,18 +176,17 @@ class Directory:
             source: digest of what was read for it.
         """
         path = self.folder / self.file_of(number)
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        records = {name: tensor_record(tensor) for name, tensor in tensors.items()}
         metadata = {
             "format": "pt",
             "qsvft_unit": self.units[number],
             "qsvft_plan": self.plan,
-            "qsvft_bytes": str(nbytes),
-            "qsvft_names": names_digest(tensors),
             "qsvft_source": source,
+            TENSORS: as_text(records),
         }
         with whole_file(path, path.parent / WRITING) as temporary:
             _save(tensors, temporary, metadata)
-        return Record(path.name, tuple(sorted(tensors)), nbytes, source)
+        return Record(path.name, records, sum(tensor.nbytes for tensor in tensors.values()), source)
 
     def check_room(self, nbytes: int) -> None:
         """Refuse to begin what does not fit on the disk.
@@ -206,17 +214,15 @@ class Directory:
             with whole_file(self.folder / source.name, self.folder / WRITING) as temporary:
                 shutil.copyfile(source, temporary)
         _write_json(self.folder / "config.json", config)
+        tensors = dict(sorted(item for unit in self.units for item in records[unit].tensors.items()))
         weight_map = {name: records[unit].file for unit in self.units for name in records[unit].tensors}
-        size = sum(record.nbytes for record in records.values())
-        _write_json(
-            self.folder / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        )
+        noted = {
+            "total_size": sum(record.nbytes for record in records.values()),
+            CONFIG: config_sha256(config),
+            TENSORS: tensors,
+        }
+        _write_json(self.folder / INDEX_NAME, {"metadata": noted, "weight_map": dict(sorted(weight_map.items()))})
         (self.folder / MANIFEST).unlink(missing_ok=True)
-
-
-def names_digest(names: Sequence[str] | dict[str, Any]) -> str:
-    """SHA-256 of tensor names in order."""
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -88,7 +88,7 @@ def run_job(job: Job, target: Directory, workers: int, device: torch.device, pro
     target.check_new()
     _report_dense(job)
     with target.locked():
-        records = _resumed(job, target)
+        records = _resumed(job, target, progress)
         pending = [number for number, unit in enumerate(job.units) if unit.name not in records]
         target.check_room(sum(job.units[number].nbytes for number in pending))
         try:
@@ -103,7 +103,7 @@ def run_job(job: Job, target: Directory, workers: int, device: torch.device, pro
     return target.folder
 
 
-def _resumed(job: Job, target: Directory) -> dict[str, Record]:
+def _resumed(job: Job, target: Directory, progress: bool) -> dict[str, Record]:
     """What an earlier call finished, if it prepared the same."""
     manifest = target.manifest()
     now = {"source": job.checkpoint.fingerprint(), "options": job.options.record(), "plan": job.digest}
@@ -122,7 +122,7 @@ def _resumed(job: Job, target: Directory) -> dict[str, Record]:
             f"{target.folder}: was begun by another version of qsvft or transformers, which divides the work "
             "otherwise; expected the same plan. Go on with those versions, or remove the directory and prepare again."
         )
-    records = target.finished()
+    records = target.finished(progress)
     if manifest["source"] != now["source"]:  # only times: what was read must still read the same
         _check_contents(job, target, records)
         target.begin(now)

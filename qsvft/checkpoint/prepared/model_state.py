@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,8 +34,21 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, ResidualLinear):
             tensors |= _directions(_name_without_adapters(name) or name, module)
+    for name in _tied_names(model, tensors):
+        del tensors[name]
     files = vars(model).get("qsvft_factors")
     return tensors | (files.tensors() if files is not None else held_factors(model))
+
+
+def _tied_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names under which a weight is there a second time: a file holds each once."""
+    pairs: dict[str, str] = vars(model).get("all_tied_weights_keys", {})
+    both = [(name, other) for name, other in pairs.items() if name in tensors and other in tensors]
+    return [
+        name
+        for name, other in both
+        if not tensors[name].is_meta and tensors[name].data_ptr() == tensors[other].data_ptr() != 0
+    ]
 
 
 def held_factors(model: nn.Module) -> dict[str, Tensor]:

@@ -11,13 +11,14 @@ they need, memory-mapped, when they are attached. The format is written down in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -28,18 +29,19 @@ from ...storage.alignment import align_tensors
 from ...storage.factor_files import FactorFiles
 from ...storage.quantization import BITS, disable_cpu_repacking, linear_names
 from ...storage.residual import ResidualLinear
-from ...storage.tensor_files import TensorFiles
 from ...storage.tensor_index import INDEX_NAME, SINGLE_NAME
 from ...storage.weights import dtype_name
 from ...tuner.config import QSVFTConfig
 from ...tuner.form import form_of
+from ...tuner.targets import shape_of
 from ...version import __version__
+from .check import Prepared, open_prepared
+from .digests import CONFIG, TENSORS, as_text, config_sha256, tensor_record
 from .model_state import state_of
 from .record import METHOD, recorded_fields
 
 FORMAT_VERSION = 1
 _IGNORED = r"(^|\.)qsvft\."
-_STATES = {4: "weight.quant_state.bitsandbytes__nf4", 8: "SCB"}
 
 
 @register_quantization_config(METHOD)
@@ -134,11 +136,13 @@ class PreparedQuantizer(HfQuantizer):
         return self.quantization_config.bnb_4bit_compute_dtype if dtype is None else dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        self._stored = TensorFiles.from_folder(_folder(model.name_or_path, kwargs.get("checkpoint_files"))).paths
+        prepared = open_prepared(_folder(model.name_or_path, kwargs.get("checkpoint_files")))
+        prepared.check()
+        self.folder, self._stored = prepared.folder, prepared.files.paths
+        held = {name: _quantised_shape(prepared, model, name) for name in linear_names(model)}
+        _check_shapes(prepared, model, held)
         # Another class may have linear layers that the directory does not: a fresh head is no layer of 4 bits.
-        self.quantization_config.llm_int8_skip_modules = [
-            name for name in linear_names(model) if not self._is_quantised(model, name)
-        ]
+        self.quantization_config.llm_int8_skip_modules = [name for name, shape in held.items() if shape is None]
         result = super()._process_model_before_weight_loading(model, **kwargs)
         ignored = model._keys_to_ignore_on_load_unexpected  # a set; a list or None in the first releases of 5
         model._keys_to_ignore_on_load_unexpected = (
@@ -156,15 +160,14 @@ class PreparedQuantizer(HfQuantizer):
         model.qsvft_factors = files
         return result
 
-    def _is_quantised(self, model: PreTrainedModel, name: str) -> bool:
-        """Whether the directory holds a linear layer's weight quantised, under its name with or without a prefix."""
-        ending = _STATES.get(self.quantization_config.bits)
-        prefix = f"{model.base_model_prefix}."
-        return any(f"{one}.{ending}" in self._stored for one in (name, f"{prefix}{name}", name.removeprefix(prefix)))
-
-    def get_state_dict_and_metadata(self, model: nn.Module, *_: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """The weights as bitsandbytes saves them, without adapters, and the factors."""
-        return state_of(model), {}
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *_: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """The weights as bitsandbytes saves them, without adapters, and the factors; and their digests."""
+        tensors = state_of(model)
+        if getattr(model, "_hf_peft_config_loaded", False) or not all(map(_in_memory, tensors.values())):
+            return tensors, {}  # an adapter alone is saved; or what is on a disk, or another rank's
+        records = {name: tensor_record(tensor) for name, tensor in tensors.items()}
+        config = {**json.loads(model.config.to_json_string()), "dtype": dtype_name(model.dtype)}
+        return tensors, {TENSORS: as_text(records), CONFIG: config_sha256(config)}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -172,6 +175,10 @@ class PreparedQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
 
 
 class _NF4(PreparedQuantizer, Bnb4BitHfQuantizer):
@@ -197,6 +204,23 @@ def _folder(name: str, files: Sequence[str] | None) -> Path:
             f"{INDEX_NAME}: the factors are beside the weights. Load it by its path: from_pretrained(directory)."
         )
     return Path(files[0]).parent
+
+
+def _quantised_shape(prepared: Prepared, model: PreTrainedModel, name: str) -> list[int] | None:
+    """Of a linear layer's weight, if the directory holds it quantised, under its name with or without a prefix."""
+    prefix = f"{model.base_model_prefix}."
+    found = (prepared.quantised_shape(one) for one in (name, f"{prefix}{name}", name.removeprefix(prefix)))
+    return next((shape for shape in found if shape is not None), None)
+
+
+def _check_shapes(prepared: Prepared, model: PreTrainedModel, held: Mapping[str, list[int] | None]) -> None:
+    for name, found in held.items():
+        expected = list(shape_of(model.get_submodule(name), name))
+        if found is not None and found != expected:
+            raise ValueError(
+                f"{prepared.folder}: found {name} quantised with the shape {found}; expected {expected}, which "
+                f"{type(model).__name__} has by config.json. Copy the directory again, or prepare the checkpoint again."
+            )
 
 
 def _settle(model: PreTrainedModel, config: PreparedConfig) -> None:

@@ -15,11 +15,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ...storage.headers import Entry, Shard, read_shard
 from ...storage.json_files import read_object
-from ...storage.tensor_index import SINGLE_NAME, read_index
-from .headers import Entry, Shard, read_shard
+from ...storage.tensor_index import SINGLE_NAME, first_few, read_index, read_shards
 from .hub import SMALL_FILES, Repository
-from .index import CONFIG, HOW_TO_CONVERT, first_few, read_shards, weights_file
+from .index import CONFIG, HOW_TO_CONVERT, weights_file
 
 __all__ = ["Checkpoint", "Entry", "Shard", "first_few", "open_checkpoint"]
 

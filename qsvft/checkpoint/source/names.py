@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...storage.tensor_index import first_few
 from .architecture import FLOATS, empty_model, model_class, read_config
 from .checkpoint import Checkpoint
-from .index import first_few
 from .pieces import Conversion, Names, Piece, read_piece
 from .renames import Renamed, convert, rename_keys
 from .tied import holders, untie_what_differs

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from qsvft.checkpoint.source import headers
 from qsvft.checkpoint.source.checkpoint import open_checkpoint
-from qsvft.checkpoint.source.headers import read_shard
+from qsvft.storage.headers import read_shard
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

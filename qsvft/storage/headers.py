@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...storage.json_files import parse_object, require_file
-from ...storage.tensor_writer import DTYPES
+from .json_files import parse_object, require_file
+from .tensor_writer import DTYPES
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that is read: safetensors' own limit."""
@@ -45,11 +46,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file as it was when it was opened: size in bytes, time of its last change, SHA-256 of its header."""
+    """A file as it was when it was opened: size in bytes, time of its last change, SHA-256 and notes of its header."""
 
     nbytes: int
     mtime_ns: int
     header_sha256: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_shard(path: Path) -> tuple[Shard, dict[str, Entry]]:
@@ -81,20 +83,23 @@ def read_shard(path: Path) -> tuple[Shard, dict[str, Entry]]:
     if len(raw) < length or not raw.startswith(b"{"):
         raise _damaged(path, f"{len(raw)} bytes of header beginning with {raw[:8]!r}", f"{length} beginning with '{{'")
     header = parse_object(raw, f"the header of {path}")
-    _check_metadata(path, header.pop("__metadata__", {}))
+    metadata = _checked_metadata(path, header.pop("__metadata__", {}))
     entries = {key: _entry(path, key, value, 8 + length) for key, value in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     _check_extent(path, entries, 8 + length, status.st_size)
-    return Shard(status.st_size, status.st_mtime_ns, hashlib.sha256(raw).hexdigest()), entries
+    return Shard(status.st_size, status.st_mtime_ns, hashlib.sha256(raw).hexdigest(), metadata), entries
 
 
-def _check_metadata(path: Path, metadata: Any) -> None:
+def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
     kind = metadata.get("format", "pt") if isinstance(metadata, dict) else metadata
     if kind not in ("pt", "mlx"):
         raise ValueError(
             f"{path}: found tensors of format {kind!r} in the header's __metadata__, expected 'pt'. Load the "
             "checkpoint with transformers in the framework that wrote it, and save it from PyTorch (save_pretrained)."
         )
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, f"the __metadata__ {_short(metadata)}", "an object of strings")
+    return metadata
 
 
 def _entry(path: Path, key: str, value: Any, data: int) -> Entry:
