@@ -1337,6 +1337,27 @@ MUTANTS = (
         ("checkpoint/prepared/test_check.py",),
     ),
     Mutant(
+        "values narrower than keys are given to the kernel as they are",
+        "memory/attention.py",
+        "if width < key.shape[-1]:",
+        "if False:",
+        ("memory/test_attention.py",),
+    ),
+    Mutant(
+        "every architecture is asked for the attention by its name",
+        "memory/attention.py",
+        "if kind._supports_attention_backend else {}",
+        "if True else {}",
+        ("memory/test_attention.py",),
+    ),
+    Mutant(
+        "a boolean mask is added as it is",
+        "memory/attention.py",
+        ".masked_fill_(~attn_mask, -torch.inf)",
+        "",
+        ("memory/test_attention.py",),
+    ),
+    Mutant(
         "a state dict without a directory is not refused",
         "checkpoint/prepared/quantizer.py",
         "if not files:",

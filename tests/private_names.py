@@ -373,8 +373,14 @@ PRIVATE_NAMES = [
         _says("torch.nn.parallel.DistributedDataParallel", "_ddp_params_and_buffers_to_ignore"),
     ),
     PrivateName(
+        "torch.ops.aten._local_scalar_dense",
+        "memory/ledger.py",
+        "models look into positions' and masks' values, of which there are none on the meta device",
+        "counting that knows values, or models that do not ask",
+    ),
+    PrivateName(
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
-        "memory/shapes.py",
+        "memory/attention.py",
         "a flash kernel's bytes on the meta device, where SDPA takes the one that makes the whole matrix",
         "SDPA that can be told its kernel on the meta device",
     ),
@@ -460,6 +466,12 @@ PRIVATE_NAMES = [
         "saving would take back the conversions of loading, and a prepared directory has the model's names",
         "a documented switch that stays with the model",
         _says("transformers.core_model_loading", "model._weight_conversions ="),
+    ),
+    PrivateName(
+        "transformers.PreTrainedModel._supports_attention_backend",
+        "memory/attention.py",
+        "whether an architecture takes its attention by a name",
+        "a documented attribute",
     ),
     PrivateName(
         "transformers.PreTrainedModel.all_tied_weights_keys",

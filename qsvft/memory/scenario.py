@@ -7,9 +7,10 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from .attention import model_that_counts
 from .ledger import Ledger
 from .methods import Method, build
-from .shapes import ATTENTION, model_without_values
+from .shapes import model_without_values
 from .step import count_on
 
 
@@ -49,12 +50,14 @@ def count_step(
 def random_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
     """A frozen causal language model with random weights in bf16.
 
-    On CUDA with torch's own attention, which is what runs in training; on CPU with the flash kernel
-    that the prediction counts.
+    On CUDA with the attention that transformers takes, torch's own wherever it can, which is what runs in training; on
+    CPU with the flash kernel that the prediction counts.
     """
-    attention = ATTENTION if device == "cpu" else "sdpa"
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        if device == "cpu":
+            model = model_that_counts(config, torch.bfloat16)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.requires_grad_(False)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..lean.checkpointing import disable_checkpointing, enable_checkpointing
+from .attention import autocast_on_meta, flash_attention
 from .held import held_tensors
 from .ledger import Ledger
 
@@ -51,7 +52,11 @@ def count_on(
                 if isinstance(value, Tensor):
                     ledger.register(value, "optimizer")
     ledger.register(tokens, "temporaries")
-    with ledger if record else nullcontext(), ledger.watch(model, head):
+    with ExitStack() as stack:
+        if record:
+            for context in (ledger, flash_attention(), autocast_on_meta()):
+                stack.enter_context(context)
+        stack.enter_context(ledger.watch(model, head))
         ledger.phase = "forward"
         output = model(input_ids=tokens, labels=tokens)
         loss = output.loss

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qsvft.memory.attention import ATTENTION
 from qsvft.memory.ledger import CATEGORIES, GRANULARITY, PHASES, Ledger, rounded
 from qsvft.memory.methods import METHODS, Method, build, parse_method
 from qsvft.memory.presets import model_config
 from qsvft.memory.rows import thinned
 from qsvft.memory.scenario import count_step
-from qsvft.memory.shapes import ATTENTION
 from qsvft.memory.step import count_on, make_optimizer
 
 BANDED = "qsvft:sides=one,pattern=banded"

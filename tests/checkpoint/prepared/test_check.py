@@ -326,6 +326,7 @@ def test_a_finished_part_with_other_values_is_made_again(llama, streamed, tmp_pa
     whole = done[2].read_bytes()
     at %= len(whole)
     done[2].write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    monkeypatch.setattr("qsvft.checkpoint.prepared.check.SMALL_BYTES", 0)
     prepared(llama, folder)
     assert len(calls) == len(open_prepared(streamed).shards) + 2  # the one that was stopped, and the damaged one
     assert f"{done[2].name} is made again" in caplog.text
