@@ -1358,6 +1358,20 @@ MUTANTS = (
         ("memory/test_attention.py",),
     ),
     Mutant(
+        "heads that train whole are adapted as well",
+        "tuner/targets.py",
+        'if not heads & set(name.split("."))',
+        "if True",
+        ("tuner/test_tasks.py",),
+    ),
+    Mutant(
+        "noise in M is as large for every alpha",
+        "tuner/layer.py",
+        "size = _NOISE * float(frobenius_norm(weight)) / self.units[adapter_name]",
+        "size = _NOISE",
+        ("tuner/test_layer.py",),
+    ),
+    Mutant(
         "a state dict without a directory is not refused",
         "checkpoint/prepared/quantizer.py",
         "if not files:",

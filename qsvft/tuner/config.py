@@ -94,6 +94,8 @@ class QSVFTConfig(PeftConfig):
             vectors the base is NF4(W - U S Vᵀ) with U S Vᵀ added back, made from a dense one. With directions from data
             the base stays NF4(W), and the adapter gives back what its rounding took from V: y = NF4(W) x + E Vᵀ x +
             U M Vᵀ x, E = (W - NF4(W)) V, (m, k), held as U and V are.
+        init_weights: M begins at zero, which is the base itself. False: at noise that changes W by 0.3 |W|_F, so that
+            an adapter can be told from the base without training it, as PEFT's own tests do.
         include_factors: save U, V and their scales with the adapter (several gigabytes for a 7B model), so that
             loading it decomposes nothing and does not depend on how the factors come out elsewhere. PEFT reads the
             whole file to the GPU for a moment; torch_device="cpu" in ``from_pretrained`` avoids that.
@@ -189,6 +191,9 @@ class QSVFTConfig(PeftConfig):
         False, SWITCH, "Give back what 4 bits lose along the directions; sides='both'.", "True or False", _is_bool,
         of_factors=True, counted=True,
     )  # fmt: skip
+    init_weights: bool = option(
+        True, SWITCH, "M begins at zero; False: at noise, to try adapters out.", "True or False", _is_bool
+    )
     include_factors: bool = option(False, SWITCH, "Save the factors with the adapter.", "True or False", _is_bool)
     base: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the base was held; filled in by the library."}

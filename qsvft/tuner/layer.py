@@ -46,6 +46,9 @@ from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_differe
 from .sources import NOWHERE, DataDirections, Sources
 from .targets import rank_of, shape_of
 
+_NOISE = 0.3
+"""What ``init_weights=False`` changes of a weight, relative to its Frobenius norm."""
+
 
 class QSVFTLinear(AdaptedLinear):
     """A linear layer with SVFT adapters: y = (W + U M Vᵀ) x + b.
@@ -93,6 +96,9 @@ class QSVFTLinear(AdaptedLinear):
         else:
             self._share(adapter_name, twin)
         values = torch.zeros(self.pattern(adapter_name).count, dtype=torch.float32, device=weight.device)
+        if not config.init_weights and not weight.is_meta:
+            size = _NOISE * float(frobenius_norm(weight)) / self.units[adapter_name]
+            values.normal_(std=size / values.numel() ** 0.5)
         self.qsvft_M[adapter_name] = Coefficients(values)
         self._set_probe(adapter_name, weight)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -321,7 +327,11 @@ class QSVFTLinear(AdaptedLinear):
             return
         for name in names:
             self._check(name)
-            self.check_finite(name)
+            try:
+                self.check_finite(name)
+            except ValueError as error:  # PEFT's words, which callers know, and ours
+                broken = f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                raise ValueError(f"{broken}: {error}") from error
         original = self.original_base()
         W = self.original_weight().float()
         merged = W.clone()

@@ -18,6 +18,7 @@ from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
 from .config import DENSE_RANK, QSVFTConfig
 from .names import check_names, check_rank_pattern, short_names
+from .tasks import left_whole
 
 logger = logging.get_logger(__name__)
 
@@ -122,11 +123,14 @@ def _check_dense(name: str, layer: nn.Module) -> None:
 
 def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
     """The layers that "all-linear" means: PEFT's rule, less those that their parent never calls (such as what
-    nn.MultiheadAttention reads), and subclasses of nn.Linear that compute something else."""
+    nn.MultiheadAttention reads), heads that PEFT trains whole for the task, and subclasses of nn.Linear that compute
+    something else."""
     wanted = copy.copy(config)
     wanted.target_modules = "all-linear"
     _maybe_include_all_linear_layers(wanted, model)
-    found = set(wanted.target_modules or ()) - set(read_directly(model))
+    heads = set(left_whole(config))
+    found = {name for name in wanted.target_modules or () if not heads & set(name.split("."))}
+    found -= set(read_directly(model))
     for name, module in model.named_modules():
         if is_other_linear(module):
             found.discard(name)

@@ -40,6 +40,7 @@ REFUSED = [
     ("decomposition", "svd", "one of 'auto', 'exact', 'randomized', 'float32'"),
     ("decomposition", True, "one of 'auto', 'exact', 'randomized', 'float32'"),
     ("residual", 1, "True or False"),
+    ("init_weights", 0, "True or False"),
     ("include_factors", "yes", "True or False"),
 ]
 

@@ -360,6 +360,16 @@ def test_safe_merge_refuses_values_that_are_not_finite_and_changes_nothing(form)
     assert layer.base_layer is base and not layer.merged
 
 
+@pytest.mark.parametrize("unit", ["weight", "one"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_noise_in_M_changes_the_weight_by_a_share_whatever_its_entries_and_alpha(pattern, unit):
+    config = QSVFTConfig(pattern=pattern, rank=16, off_diagonals=3, unit=unit, init_weights=False)
+    base = linear((48, 64))
+    torch.manual_seed(0)
+    change = QSVFTLinear(base, "default", config, "layer").get_delta_weight("default")
+    assert 0.15 < float(change.norm() / base.weight.detach().norm()) < 0.5  # 0.3, and what few entries leave to chance
+
+
 def test_merging_twice_warns_and_adds_nothing():
     layer = adapted(linear(SHAPES["tall"]))
     layer.merge()

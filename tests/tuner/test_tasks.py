@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from peft import PeftModel, TaskType
+from peft import PeftModel, TaskType, get_peft_model
 from transformers import (
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
@@ -14,6 +14,7 @@ from transformers import (
 )
 
 import qsvft
+from qsvft.tuner import QSVFTLinear
 from qsvft.tuner.tasks import task_of
 
 
@@ -70,3 +71,25 @@ def test_a_head_of_a_task_without_a_type_trains_whole():
     trained = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()}
     for head in ("projector", "classifier"):
         assert any(f"{head}.modules_to_save.default.weight" in name for name in trained), head
+
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "head"),
+    [
+        ("BertForTokenClassification", "TOKEN_CLS", "classifier"),
+        ("BertForQuestionAnswering", "QUESTION_ANS", "qa_outputs"),
+        ("BertForSequenceClassification", "SEQ_CLS", "classifier"),
+        ("RobertaForSequenceClassification", "SEQ_CLS", "classifier"),
+    ],
+)
+def test_the_head_that_PEFT_trains_whole_is_not_adapted(name, task, head):
+    kind = getattr(transformers, name)
+    config = qsvft.QSVFTConfig(task_type=task, rank=2)
+    model = get_peft_model(kind(kind.config_class(**SMALL, pad_token_id=0)), config)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, QSVFTLinear)]
+    assert adapted and not any(head in name for name in adapted)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(f"{head}.modules_to_save" in name for name in trained)
