@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .prepare import Calibration, attach_lean, options_to_fit
 from .storage.factor_files import FactorFiles
+from .storage.json_files import read_object
+from .storage.tensor_index import INDEX_NAME, read_index
 from .tuner.calibration import check_calibration, with_basis
 from .tuner.config import QSVFTConfig
 from .tuner.targets import check_targets
@@ -103,6 +106,7 @@ def from_pretrained(
             "from_pretrained(): fit chooses what is in a config; give fit with single options, or a config or an "
             "adapter without it"
         )
+    _check_json(Path(path_or_id))
     hub: dict[str, Any] = {"revision": revision, "token": token}
     options, source = {**lean, **fields}, None
     if prepared_record(_read_config(path_or_id, hub)) is None:
@@ -197,11 +201,20 @@ def _of_adapter(adapter: str | os.PathLike[str]) -> tuple[QSVFTConfig, int]:
     return config, config.held_base().get("bits", 4)
 
 
+def _check_json(folder: Path) -> None:
+    """Read a local folder's JSON files, whose readers in transformers say nothing of where they stopped."""
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
+    if (folder / INDEX_NAME).is_file():
+        read_index(folder / INDEX_NAME)
+
+
 def _read_config(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> PretrainedConfig | None:
     """The model's config, None where it cannot be read: what opens the checkpoint says why."""
     try:
-        return AutoConfig.from_pretrained(path_or_id, **hub)
-    except (OSError, ValueError):
+        return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, **hub)
+    except Exception:  # a config's values are checked by each model's own code
         return None
 
 

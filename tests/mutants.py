@@ -1358,6 +1358,27 @@ MUTANTS = (
         ("memory/test_attention.py",),
     ),
     Mutant(
+        "an adapter's damaged config is left to its reader",
+        "tuner/registration.py",
+        "read_object(Path(path_json_file))",
+        "pass",
+        ("fuzz/test_damaged_files.py",),
+    ),
+    Mutant(
+        "an adapter of no known type is a KeyError",
+        "tuner/registration.py",
+        "if not isinstance(found, str) or found not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:",
+        "if False:",
+        ("fuzz/test_damaged_files.py",),
+    ),
+    Mutant(
+        "a model's damaged JSON is left to its reader",
+        "loading.py",
+        "_check_json(Path(path_or_id))",
+        "pass",
+        ("fuzz/test_damaged_files.py",),
+    ),
+    Mutant(
         "heads that train whole are adapted as well",
         "tuner/targets.py",
         'if not heads & set(name.split("."))',

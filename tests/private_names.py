@@ -230,6 +230,12 @@ PRIVATE_NAMES = [
         "a product that does not make it",
     ),
     PrivateName(
+        "peft.config.PeftConfigMixin._get_peft_type",
+        "tuner/registration.py",
+        "it reads an adapter's config before anyone knows whose it is, and says of a damaged one only KeyError",
+        "errors that name the file",
+    ),
+    PrivateName(
         "peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING",
         "tuner/registration.py",
         "registering twice is registering once",

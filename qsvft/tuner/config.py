@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ..lean.option import INTEGER, NAMES, SWITCH, TABLE, WORD, declared, is_integer, one_of, option
 from ..maths.decomposition import DECOMPOSITIONS
 from ..maths.patterns import PATTERNS
+from ..storage.json_files import require_file
 from ..storage.stored_matrix import STORED_BITS
 from ..storage.tensor_files import TensorFiles
 from ..storage.whole_files import whole_file
@@ -208,7 +208,7 @@ class QSVFTConfig(PeftConfig):
             self.target_modules = ALL_LINEAR
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple)) and _strings(value):
                 setattr(self, name, set(value))
         self._validate()
 
@@ -288,15 +288,10 @@ class QSVFTConfig(PeftConfig):
         """Read a config; refuse a local adapter whose weight file is damaged before anything is built."""
         folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
         weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        if os.path.isfile(weights):
+        if os.path.lexists(weights):
+            require_file(Path(weights))
             TensorFiles.from_file(weights, "save the adapter again")
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{os.path.join(folder, CONFIG_NAME)} is not valid JSON ({error}); expected the file written by "
-                "save_pretrained(). It is damaged: take a copy or save the adapter again."
-            ) from error
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         assert isinstance(config, cls)
         return config
 

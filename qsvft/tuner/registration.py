@@ -3,10 +3,11 @@
 PEFT's own ``register_peft_method`` does it, once the method has its member of ``PeftType`` (:mod:`.peft_type`). Without
 ``import qsvft`` in the process, ``PeftModel.from_pretrained`` on such an adapter ends in ``KeyError: 'QSVFT'``.
 
-Three of PEFT's functions are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
+Of PEFT's functions these are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
 ``include_factors=`` (and would pass over it); a config remembers where it was read, because PEFT hands an adapter's
 config on without saying so; and options that are gone are refused, which PEFT would leave out with a warning. So is
-one of transformers', ``load_adapter`` (:mod:`.load_adapter`).
+one of transformers', ``load_adapter`` (:mod:`.load_adapter`). What reads ``adapter_config.json``, before anyone knows
+whose adapter it is, says of a damaged one which file it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ..storage.json_files import read_object
 from ..storage.whole_folders import finish_saving, whole_folder
 from .config import QSVFTConfig
 from .load_adapter import checked, has_read
@@ -43,6 +45,8 @@ def register() -> None:
     register_peft_method(name=NAME, config_cls=QSVFTConfig, model_cls=QSVFTModel)
     PeftModel.save_pretrained = _with_factors(PeftModel.save_pretrained)
     PeftConfigMixin.from_pretrained = classmethod(_remembering(PeftConfigMixin.from_pretrained.__func__))
+    PeftConfigMixin.from_json_file = classmethod(_of_a_whole_file(PeftConfigMixin.from_json_file.__func__))
+    PeftConfigMixin._get_peft_type = classmethod(_of_a_known_type(PeftConfigMixin._get_peft_type.__func__))
     PeftConfigMixin.from_peft_type = classmethod(_of_this_version(PeftConfigMixin.from_peft_type.__func__))
     PeftAdapterMixin.load_adapter = checked(PeftAdapterMixin.load_adapter)
 
@@ -109,6 +113,37 @@ def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return from_pretrained
+
+
+def _of_a_whole_file(read: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftConfig.from_json_file``, which names the file where it is no JSON object."""
+
+    @functools.wraps(read)
+    def from_json_file(cls: Any, path_json_file: Any, **kwargs: Any) -> Any:
+        read_object(Path(path_json_file))
+        return read(cls, path_json_file, **kwargs)
+
+    return from_json_file
+
+
+def _of_a_known_type(read: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftConfig._get_peft_type``, which names the file where it says of no method that it is one of."""
+
+    @functools.wraps(read)
+    def _get_peft_type(cls: Any, model_id: Any, **kwargs: Any) -> Any:
+        try:
+            found = read(cls, model_id, **kwargs)
+        except KeyError:
+            found = None
+        if not isinstance(found, str) or found not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise ValueError(
+                f"{Path(str(model_id), kwargs.get('subfolder') or '', CONFIG_NAME)}: found peft_type = {found!r:.80}, "
+                "expected the name of a method of PEFT, such as 'QSVFT'. It is damaged, or of a newer version of PEFT: "
+                "copy it again, or upgrade PEFT."
+            )
+        return found
+
+    return _get_peft_type
 
 
 def _of_this_version(make: Callable[..., Any]) -> Callable[..., Any]:

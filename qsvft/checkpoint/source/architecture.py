@@ -27,7 +27,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises:
         ValueError: no architecture is named, transformers has no such model, or the checkpoint is quantised already.
     """
-    where = config.name_or_path or type(config).__name__
+    where = os.path.join(config.name_or_path, "config.json") if config.name_or_path else type(config).__name__
     for field in ("quantization_config", "compression_config"):
         if (quantised := getattr(config, field, None)) is not None:
             method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
