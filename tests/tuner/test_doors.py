@@ -220,7 +220,7 @@ def test_what_training_left_broken_is_neither_saved_nor_merged(llama, tmp_path, 
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / WEIGHTS).exists()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.removeprefix("^")):  # PEFT's own words before it
         model.merge_and_unload()
 
 
