@@ -1283,7 +1283,7 @@ MUTANTS = (
     Mutant(
         "a prepared directory's config may be another",
         "checkpoint/prepared/check.py",
-        "if noted - {None, found}:",
+        "if known and path.is_file() and set(known) != {config_sha256(read_object(path)[0])}:",
         "if False:",
         ("checkpoint/prepared/test_check.py",),
     ),
@@ -1377,6 +1377,20 @@ MUTANTS = (
         "_check_json(Path(path_or_id))",
         "pass",
         ("fuzz/test_damaged_files.py",),
+    ),
+    Mutant(
+        "a million layers are built",
+        "checkpoint/source/architecture.py",
+        "if isinstance(count, int) and count > len(checkpoint.entries):",
+        "if False:",
+        ("checkpoint/source/test_architecture.py::test_more_layers_than_tensors_are_refused_before_they_are_built",),
+    ),
+    Mutant(
+        "a model is built before its config is compared",
+        "loading.py",
+        "if record and os.path.isdir(path_or_id):",
+        "if False:",
+        ("checkpoint/prepared/test_check.py",),
     ),
     Mutant(
         "heads that train whole are adapted as well",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +62,9 @@ class Prepared:
             ValueError: naming the file and what is another, twice or not there.
         """
         self._check_records()
-        self._check_config()
+        _check_config(
+            self.folder, [self.noted.get(CONFIG), *(one.metadata.get(CONFIG) for one in self.shards.values())]
+        )
         self._check_values(values, progress)
         for weight in sorted(
             {name.removesuffix(part) for name in self.entries for part in _PARTS if name.endswith(part)}
@@ -118,19 +120,6 @@ class Prepared:
             if (DTYPE_NAMES[entry.dtype], list(entry.shape)) != (dtype, list(shape)):
                 found = f"{name!r} as {DTYPE_NAMES[entry.dtype]} of shape {list(entry.shape)}"
                 raise self._wrong(entry.file, found, f"{dtype} of shape {list(shape)}, as it was written")
-
-    def _check_config(self) -> None:
-        noted = {shard.metadata.get(CONFIG) for shard in self.shards.values()} | {self.noted.get(CONFIG)}
-        path = self.folder / "config.json"
-        if noted == {None} or not path.is_file():
-            return
-        found = config_sha256(read_object(path)[0])
-        if noted - {None, found}:
-            raise ValueError(
-                f"{path}: found another config than the directory was written with; expected the same, since what the "
-                "model computes depends on it. Restore it, or prepare the checkpoint again. (Options of a run are "
-                "given to from_pretrained(), not written here.)"
-            )
 
     def _check_values(self, all_of_them: bool, progress: bool) -> None:
         names = [name for name in self.records if all_of_them or self.entries[name].nbytes <= SMALL_BYTES]
@@ -213,3 +202,30 @@ def open_prepared(folder: str | os.PathLike[str]) -> Prepared:
     noted = read_object(folder / INDEX_NAME)[0].get("metadata")
     shards, entries = read_shards(folder / INDEX_NAME, weight_map)
     return Prepared(folder, shards, entries, noted if isinstance(noted, dict) else {})
+
+
+def check_config(folder: str | os.PathLike[str]) -> None:
+    """Refuse a directory whose config.json is another than it was written with, before a model is built of it.
+
+    Raises:
+        OSError: a file is missing, or cannot be read.
+        ValueError: a file is damaged, or the config is another.
+    """
+    folder = Path(folder)
+    noted: Any = None
+    first = SINGLE_NAME
+    if not (folder / SINGLE_NAME).is_file():
+        weight_map, _ = read_index(folder / INDEX_NAME)
+        noted, first = read_object(folder / INDEX_NAME)[0].get("metadata"), min(weight_map.values())
+    known = noted.get(CONFIG) if isinstance(noted, dict) else None
+    _check_config(folder, [known or read_shard(folder / first)[0].metadata.get(CONFIG)])
+
+
+def _check_config(folder: Path, noted: Sequence[Any]) -> None:
+    path, known = folder / "config.json", [one for one in noted if one is not None]
+    if known and path.is_file() and set(known) != {config_sha256(read_object(path)[0])}:
+        raise ValueError(
+            f"{path}: found another config than the directory was written with; expected the same, since what the "
+            "model computes depends on it. Restore it, or prepare the checkpoint again. (Options of a run are given to "
+            "from_pretrained(), not written here.)"
+        )

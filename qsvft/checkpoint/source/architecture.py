@@ -21,6 +21,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that a floating-point weight may be stored in."""
 
 
+_LAYERS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+
+
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class of ``config.architectures[0]``.
 
@@ -111,6 +114,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Pre
             config of which transformers cannot build a model.
     """
     config = read_config(checkpoint)
+    _check_layers(config, checkpoint)
     cls = model_class(config)
     chosen = dtype if dtype is not None else _own_dtype(config, checkpoint)
     if chosen not in FLOATS:
@@ -133,6 +137,18 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Pre
     _keep_in_fp32(model, chosen)
     model.config.name_or_path = checkpoint.name
     return model.requires_grad_(False).eval()
+
+
+def _check_layers(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """Refuse more layers than the checkpoint has tensors, before a million of them are built."""
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        for field in _LAYERS:
+            count = getattr(part, field, None)
+            if isinstance(count, int) and count > len(checkpoint.entries):
+                raise ValueError(
+                    f"{checkpoint.folder / CONFIG}: found {field} = {count}, expected no more layers than the "
+                    f"checkpoint has tensors, which are {len(checkpoint.entries)}. Copy or download it again."
+                )
 
 
 def _own_dtype(config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

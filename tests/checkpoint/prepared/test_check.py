@@ -204,6 +204,13 @@ def test_a_config_that_was_changed_is_refused(folder, change):
         load(folder)
 
 
+def test_no_model_is_built_of_a_config_that_was_changed(folder, monkeypatch):
+    edited(folder / "config.json", lambda config: config.update(num_hidden_layers=10**6))
+    monkeypatch.setattr("qsvft.loading.load_base", lambda *args, **options: pytest.fail("built"))
+    with pytest.raises(ValueError, match=r"config\.json: found another config than"):
+        qsvft.from_pretrained(folder, progress=False)
+
+
 def test_what_no_result_depends_on_may_change(folder):
     edited(folder / "config.json", lambda config: config.update(use_cache=False, transformers_version="5.99.0"))
     load(folder)

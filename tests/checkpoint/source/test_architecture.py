@@ -102,3 +102,9 @@ def test_a_config_of_no_model_is_refused(folder, changes):
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=r"config\.json: transformers .*cannot (read|build)"):
         empty_model(open_checkpoint(folder))
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(folder):
+    change_config(folder, num_hidden_layers=1000)
+    with pytest.raises(ValueError, match=r"config\.json: found num_hidden_layers = 1000, expected no more layers"):
+        empty_model(open_checkpoint(folder))
