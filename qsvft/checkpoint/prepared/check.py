@@ -62,13 +62,11 @@ class Prepared:
             ValueError: naming the file and what is another, twice or not there.
         """
         self._check_records()
-        _check_config(
-            self.folder, [self.noted.get(CONFIG), *(one.metadata.get(CONFIG) for one in self.shards.values())]
-        )
+        notes = (self.noted, *(shard.metadata for shard in self.shards.values()))
+        _check_config(self.folder, [one.get(CONFIG) for one in notes])
         self._check_values(values, progress)
-        for weight in sorted(
-            {name.removesuffix(part) for name in self.entries for part in _PARTS if name.endswith(part)}
-        ):
+        parts = {name.removesuffix(part) for name in self.entries for part in _PARTS if name.endswith(part)}
+        for weight in sorted(parts):
             self._check_nf4(weight)
         for name in self.entries:
             if name.endswith(".SCB"):
@@ -223,7 +221,8 @@ def check_config(folder: str | os.PathLike[str]) -> None:
 
 def _check_config(folder: Path, noted: Sequence[Any]) -> None:
     path, known = folder / "config.json", [one for one in noted if one is not None]
-    if known and path.is_file() and set(known) != {config_sha256(read_object(path)[0])}:
+    found = config_sha256(read_object(path)[0]) if known and path.is_file() else None
+    if found is not None and any(one != found for one in known):
         raise ValueError(
             f"{path}: found another config than the directory was written with; expected the same, since what the "
             "model computes depends on it. Restore it, or prepare the checkpoint again. (Options of a run are given to "
