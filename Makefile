@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # mkdocs-material's notice about a release of MkDocs that constraints.txt does not take.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs pictures mutants peft-suite fuzz test-floor clean
+.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs pictures mutants peft-suite fuzz kills test-floor clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/finetune.py
@@ -57,6 +57,10 @@ mutants: $(VENV)/installed
 # Ten times as many damaged files as the tests read; some twenty minutes.
 fuzz: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/read_damaged.py 20000
+
+# Fifty kills each of what prepares, saves, merges and trains; some half an hour.
+kills: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python tests/kills/kill.py 50
 
 # PEFT's own tests, on adapters of ours; some five minutes.
 peft-suite: $(VENV)/installed
