@@ -1393,6 +1393,13 @@ MUTANTS = (
         ("checkpoint/prepared/test_check.py",),
     ),
     Mutant(
+        "a layer's number that is not there is passed over",
+        "tuner/targets.py",
+        "_check_layers(wanted, names)",
+        "pass",
+        ("tuner/test_misspelt_names.py",),
+    ),
+    Mutant(
         "heads that train whole are adapted as well",
         "tuner/targets.py",
         'if not heads & set(name.split("."))',

@@ -51,6 +51,7 @@ INTEGER = Kind(int, "a whole number of at least 1", _whole_number)
 SWITCH = Kind(bool, "true or false", _switch)
 WORD = Kind(str, "a word", str)
 NAMES = Kind(list[str])
+NUMBERS = Kind(list[int])
 TABLE = Kind(None)
 
 

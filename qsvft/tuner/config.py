@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..lean.option import INTEGER, NAMES, SWITCH, TABLE, WORD, declared, is_integer, one_of, option
+from ..lean.option import INTEGER, NAMES, NUMBERS, SWITCH, TABLE, WORD, declared, is_integer, one_of, option
 from ..maths.decomposition import DECOMPOSITIONS
 from ..maths.patterns import PATTERNS
 from ..storage.json_files import require_file
@@ -43,6 +43,11 @@ def _is_names(value: Any) -> bool:
     return value is None or isinstance(value, str) or _strings(value)
 
 
+def _is_numbers(value: Any) -> bool:
+    several = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return all(is_integer(one, 0) for one in several)
+
+
 def _strings(value: Any) -> bool:
     return isinstance(value, Collection) and all(isinstance(one, str) for one in value)
 
@@ -67,6 +72,9 @@ class QSVFTConfig(PeftConfig):
             (every linear layer except the output head), which None means as well.
         exclude_modules: names, or a regular expression, of layers to leave out.
         modules_to_save: modules to train and save whole, such as a fresh classification head.
+        layers_to_transform: numbers of the layers of a model (blocks) to adapt, None for all.
+        layers_pattern: what their list is called, such as "layers" or "h", where a model has several numbered lists;
+            None takes the first number in a name.
         rank: k, how many directions M acts on; a layer with fewer takes all of its min(m, n). None is 128 for a dense
             M, and all of them for the other patterns.
         rank_pattern: rank for single layers, by name or regular expression: {"k_proj": 64}.
@@ -120,6 +128,13 @@ class QSVFTConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = option(
         None, NAMES, "Modules to train and save whole, such as a new head.", "strings", _is_names, of_factors=True
+    )
+    layers_to_transform: list[int] | int | None = option(
+        None, NUMBERS, "Numbers of the layers to adapt; None for all.", "whole numbers, or None", _is_numbers,
+        of_factors=True, counted=True,
+    )  # fmt: skip
+    layers_pattern: list[str] | str | None = option(
+        None, NAMES, "What the list of numbered layers is called.", "strings", _is_names, of_factors=True, counted=True
     )
     rank: int | None = option(
         None,
@@ -231,7 +246,11 @@ class QSVFTConfig(PeftConfig):
         self.include_factors = self.include_factors or self.basis == "data"
 
     def _validate_together(self) -> None:
-        """What only goes with one form."""
+        """What only goes with one form, or not by itself."""
+        if self.layers_pattern and self.layers_to_transform is None:
+            _refuse("layers_pattern", self.layers_pattern, "layers_to_transform with it")
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR and self.layers_to_transform:
+            _refuse("layers_to_transform", self.layers_to_transform, "names or 'all-linear' as target_modules with it")
         if self.sides == "one" and self.basis == "data":
             _refuse("basis", "data", "sides='both' with basis='data'; sides is 'one'")
         if self.sides == "one" and self.residual:

@@ -51,12 +51,17 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         if name and not any(name.startswith(a) for a in adapters) and check_target_module_exists(wanted, name)
     ]
     if not names:
+        numbers = config.layers_to_transform
+        within = (
+            "" if numbers is None else f", layers_to_transform={numbers!r}, layers_pattern={config.layers_pattern!r}"
+        )
         raise NoMatchingPeftModuleError(
             f"no layer of {type(model).__name__} is left to adapt: target_modules={config.target_modules!r}, "
-            f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}. Expected at "
+            f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}{within}. Expected at "
             f"least one linear layer; it has {short_names(model) or 'none'}."
         )
     check_rank_pattern(config, names)
+    _check_layers(wanted, names)
     shapes = {name: shape_of(model.get_submodule(name), name) for name in names}
     read = read_directly(model)
     for name in names:
@@ -77,6 +82,28 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
     _check_rank(config, shapes)
     _check_band(config, {name: rank_of(config, name, shape) for name, shape in shapes.items()})
     return names
+
+
+def _check_layers(wanted: QSVFTConfig, names: Sequence[str]) -> None:
+    """A number of ``layers_to_transform`` that no layer has is a mistake."""
+    numbers = wanted.layers_to_transform
+    if wanted.base is not None or numbers is None:
+        return
+    for number in [numbers] if isinstance(numbers, int) else numbers:
+        if not any(_in_layers(wanted, [number], name) for name in names):
+            found = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
+            raise NoMatchingPeftModuleError(
+                f"layers_to_transform: {number} is the number of no layer that is adapted; expected numbers of the "
+                f"model's layers, as in their names (found {', '.join(map(str, found[:20])) or 'none'})."
+            )
+
+
+def _in_layers(config: QSVFTConfig, numbers: int | list[int], name: str) -> bool:
+    """Whether a layer is within the blocks of these numbers, by PEFT's rule for its last name."""
+    one = copy.copy(config)
+    one.layers_to_transform, one.target_modules = numbers, {name.rpartition(".")[-1]}
+    one.exclude_modules = one.modules_to_save = None
+    return bool(check_target_module_exists(one, name))
 
 
 def _check_band(config: QSVFTConfig, ranks: Mapping[str, int]) -> None:
@@ -131,6 +158,8 @@ def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
     heads = set(left_whole(config))
     found = {name for name in wanted.target_modules or () if not heads & set(name.split("."))}
     found -= set(read_directly(model))
+    if config.layers_to_transform is not None:
+        found = {name for name in found if _in_layers(config, config.layers_to_transform, name)}
     for name, module in model.named_modules():
         if is_other_linear(module):
             found.discard(name)
