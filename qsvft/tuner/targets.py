@@ -57,8 +57,8 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         )
         raise NoMatchingPeftModuleError(
             f"no layer of {type(model).__name__} is left to adapt: target_modules={config.target_modules!r}, "
-            f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}{within}. Expected at "
-            f"least one linear layer; it has {short_names(model) or 'none'}."
+            f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}{within}. Expected "
+            f"at least one linear layer; it has {short_names(model) or 'none'}."
         )
     check_rank_pattern(config, names)
     _check_layers(wanted, names)
