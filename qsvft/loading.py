@@ -18,6 +18,7 @@ from .checkpoint.making.job import Job, chosen_dtype, open_job
 from .checkpoint.making.plan import stored_forms
 from .checkpoint.making.streaming import chosen_device
 from .checkpoint.prepared.check import check_config, open_prepared
+from .checkpoint.prepared.quantizer import PreparedConfig
 from .checkpoint.prepared.record import prepared_record, recorded_options
 from .checkpoint.source.architecture import load_base
 from .lean.option import shows
@@ -184,6 +185,7 @@ def _load(
     record = prepared_record(read) or {}
     _check_bits(path_or_id, bits, record)
     if record and os.path.isdir(path_or_id):
+        PreparedConfig(**record)  # of a version that this one reads
         check_config(path_or_id)  # before a model is built of it
     model = load_base(read, path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub)
     return model, record

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from qsvft.checkpoint.source import headers
 from qsvft.checkpoint.source.checkpoint import open_checkpoint
+from qsvft.storage import headers
 from qsvft.storage.headers import read_shard
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
