@@ -60,6 +60,9 @@ def as_records(content: Any) -> dict[str, TensorRecord]:
         records = {name: TensorRecord(*record) for name, record in content.items()}
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"no records of tensors ({error})") from error
+    other = next((name for name, record in records.items() if list(map(type, record)) != [str, list, str]), None)
+    if other is not None:
+        raise ValueError(f"no records of tensors ({other!r:.80} has {list(records[other])!r:.80})")
     return records
 
 

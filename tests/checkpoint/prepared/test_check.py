@@ -271,7 +271,7 @@ def test_records_that_contradict_each_other_are_refused(saved, tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 3}', '{"a": [1]}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 3}', '{"a": [1]}', '{"a": ["F32", 3, "x"]}', "[" * 100_000])
 def test_records_that_are_none_are_refused(streamed, tmp_path, text):
     folder = shutil.copytree(streamed, tmp_path / "prepared")
     file = file_of(folder, NORM)
