@@ -49,7 +49,11 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _strings(value: Any) -> bool:
-    return isinstance(value, Collection) and all(isinstance(one, str) for one in value)
+    return isinstance(value, Collection) and all(isinstance(one, str) and one for one in value)
+
+
+def _is_list(value: Any) -> bool:
+    return value is None or (not isinstance(value, str) and _strings(value))
 
 
 ALL_LINEAR = "all-linear"
@@ -127,7 +131,7 @@ class QSVFTConfig(PeftConfig):
         None, NAMES, "Layers to leave out: names or a regex.", "strings", _is_names, of_factors=True, counted=True
     )
     modules_to_save: list[str] | None = option(
-        None, NAMES, "Modules to train and save whole, such as a new head.", "strings", _is_names, of_factors=True
+        None, NAMES, "Modules to train and save whole, such as a new head.", "strings", _is_list, of_factors=True
     )
     layers_to_transform: list[int] | int | None = option(
         None, NUMBERS, "Numbers of the layers to adapt; None for all.", "whole numbers, or None", _is_numbers,

@@ -32,6 +32,8 @@ def check_names(model: nn.Module, config: QSVFTConfig) -> None:
         for name in sorted(config.target_modules or ()):
             if not any(_is(one, name) for one in names):
                 _refuse(model, "target_modules", name, short_names(model))
+    for name in config.modules_to_save or ():
+        _check_whole(model, name)
     if config.base is not None:
         return
     if isinstance(config.exclude_modules, str):
@@ -46,6 +48,17 @@ def check_names(model: nn.Module, config: QSVFTConfig) -> None:
     for name in config.modules_to_save or ():
         if name not in added and not any(one.endswith(name) for one in names):
             _refuse(model, "modules_to_save", name, [one for one, _ in model.named_children()] + short_names(model))
+
+
+def _check_whole(model: nn.Module, name: str) -> None:
+    """Refuse a name of ``modules_to_save`` that PEFT would fail at: part of no pattern, or a list's."""
+    _compiled("modules_to_save", name)
+    for one, module in model.named_modules():
+        if one.endswith(name) and isinstance(module, nn.ModuleList | nn.ModuleDict):
+            raise ValueError(
+                f"modules_to_save: {name!r} means {one}, a {type(module).__name__}, which has no forward; expected "
+                "names of modules that have, such as a head."
+            )
 
 
 def check_rank_pattern(config: QSVFTConfig, targets: Sequence[str]) -> None:

@@ -66,12 +66,11 @@ def doors(place: Path) -> dict[str, Door]:
     """All of them, with whole folders made in a place."""
     source = save_llama(place / "source", **SMALL)
     prepared = qsvft.prepare_checkpoint(source, place / "prepared", progress=False, dtype="bfloat16", rank=8)
-    base = load(source)
     trained = randomize(qsvft.prepare(load(source), bits=16, progress=False, rank=8, include_factors=True))
     trained.save_pretrained(place / "adapter")
     return {
         "prepared": Door(prepared, _prepared, True),
-        "adapter": Door(place / "adapter", lambda folder: _adapter(base, folder), True),
+        "adapter": Door(place / "adapter", lambda folder: _adapter(load(source), folder), True),
         "checkpoint": Door(source, lambda folder: _checkpoint(folder, place / "made"), False),
     }
 
@@ -83,11 +82,8 @@ def _prepared(folder: Path) -> str:
 
 def _adapter(base: Any, folder: Path) -> str:
     model = PeftModel.from_pretrained(base, str(folder))
-    try:
-        held = {name: value for name, value in model.named_parameters() if "qsvft_M" in name}
-        return _digest({**held, "logits": logits(model)})
-    finally:
-        model.unload()
+    held = {name: value for name, value in model.named_parameters() if "qsvft_M" in name}
+    return _digest({**held, "logits": logits(model)})
 
 
 def _checkpoint(folder: Path, target: Path) -> str:

@@ -14,6 +14,8 @@ REFUSED = [
     ("target_modules", ["q_proj", 3], "strings"),
     ("exclude_modules", [3], "strings"),
     ("modules_to_save", [None], "strings"),
+    ("modules_to_save", "classifier", "strings"),
+    ("modules_to_save", [""], "strings"),
     ("layers_to_transform", [-1], "whole numbers, or None"),
     ("layers_to_transform", ["1"], "whole numbers, or None"),
     ("layers_to_transform", True, "whole numbers, or None"),

@@ -34,6 +34,8 @@ def adapted(model):
             {"rank_pattern": {"q_proj": 20}, "exclude_modules": ["q_proj"]},
             r"rank_pattern: 'q_proj' matches none of the 12",
         ),
+        ({"modules_to_save": ["layers"]}, r"modules_to_save: 'layers' means model.layers, a ModuleList"),
+        ({"modules_to_save": ["(head"]}, r"modules_to_save: '\(head' is no regular expression"),
         ({"layers_to_transform": 2}, r"is left to adapt: .*layers_to_transform=2, layers_pattern=None"),
         ({"layers_to_transform": [1, 7]}, r"layers_to_transform: 7 is the number of no layer.*found 1\)"),
         ({"layers_to_transform": 1, "layers_pattern": "h"}, r"no layer of LlamaForCausalLM is left to adapt"),
