@@ -157,12 +157,12 @@ class Directory:
             return None
         try:
             held = open_file(path)
+            metadata = held.shards[path.name].metadata
+            if (metadata.get("qsvft_unit"), metadata.get("qsvft_plan")) != (unit, self.plan) or not held.records:
+                return None
             held.check(values=True)
         except (ValueError, OSError) as error:
             logger.warning("%s is made again: %s", path.name, error)
-            return None
-        metadata = held.shards[path.name].metadata
-        if (metadata.get("qsvft_unit"), metadata.get("qsvft_plan")) != (unit, self.plan) or not held.records:
             return None
         nbytes = sum(entry.nbytes for entry in held.entries.values())
         return Record(path.name, held.records, nbytes, metadata.get("qsvft_source", ""))
