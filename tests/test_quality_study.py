@@ -118,6 +118,16 @@ def test_other_seeds_run_at_the_best_rate_once_it_is_known():
     assert next_run(1e-3, (0, 1), {0: losses, 1: {1e-3: 1.0}}) is None
 
 
+def test_a_job_of_one_rate_runs_its_seeds_there_and_its_other_runs_do_not_count():
+    sweep, fixed = (job("gsm8k", "LoRA r=8", seeds=(0, 1), rate=rate) for rate in (None, 2e-2))
+    others = [{**sweep.identity(rate, 0), "loss": 1.0} for rate in (4e-3, 8e-3)]
+    assert fixed.next_run(others) == (2e-2, 0)
+    own = [{**fixed.identity(2e-2, 0), "loss": 2.0}]
+    assert fixed.next_run([*others, *own]) == (2e-2, 1)
+    assert fixed.losses([*others, *own]) == {0: {2e-2: 2.0}}
+    assert fixed.next_run([*own, {**own[0], "seed": 1}]) is None
+
+
 def test_a_run_is_hopeless_where_it_is_far_above_the_best_of_the_same_batches():
     from training import hopeless
 

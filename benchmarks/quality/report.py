@@ -52,7 +52,8 @@ class Best:
 
     @property
     def rate_text(self) -> str:
-        at_edge = self.job.swept is None and self.rate in (min(self.tried), max(self.tried))
+        own_sweep = self.job.swept is None and self.job.rate is None
+        at_edge = own_sweep and self.rate in (min(self.tried), max(self.tried))
         return f"{self.rate:g}{'*' if at_edge else ''}"
 
 

@@ -37,6 +37,7 @@ class Job:
         held: how the base is held; see base.py.
         held_out: how many examples are held out (of sentences all are).
         swept: how the base is held in the sweep whose best rate this takes; None for a sweep of its own.
+        rate: the one learning rate of all its seeds, in place of a sweep.
         exact_match: whether answers are generated too.
     """
 
@@ -48,6 +49,7 @@ class Job:
     held: str = DENSE
     held_out: int = 64
     swept: str | None = None
+    rate: float | None = None
     exact_match: bool = False
 
     def identity(self, rate: float, seed: int) -> Row:
@@ -73,7 +75,7 @@ class Job:
         """Those of this job, of one seed or of all."""
         same = self.identity(0.0, 0)
         own = [row for row in rows if all(row[name] == same[name] for name in same if name not in ("rate", "seed"))]
-        return [row for row in own if seed in (None, row["seed"])]
+        return [row for row in own if seed in (None, row["seed"]) and self.rate in (None, row["rate"])]
 
     def losses(self, rows: Sequence[Row]) -> dict[int, dict[float, float]]:
         """Held-out losses by seed and rate, infinite where a run stopped early."""
@@ -85,6 +87,9 @@ class Job:
 
     def next_run(self, rows: Sequence[Row]) -> tuple[float, int] | None:
         """The rate and the seed that it wants next; None where it has all, or waits for a sweep elsewhere."""
+        if self.rate is not None:
+            done = self.losses(rows)
+            return next(((self.rate, seed) for seed in self.seeds if self.rate not in done.get(seed, {})), None)
         if self.swept is None:
             return next_run(self.method.start, self.seeds, self.losses(rows))
         sweep = replace(self, held=self.swept).losses(rows).get(self.seeds[0], {})
@@ -149,6 +154,9 @@ CONTENDERS = (
     "tried: input/output, dense, as LoRA r=8",
 )
 LEAN = (
+    "data int8, given back, dense k=128",
+    "data int8, given back, dense k=64",
+    "singular int8, dense k=128",
     "two-sided d=8 (the paper's)",
     "two-sided int8 d=8",
     "two-sided NF4 d=8",
@@ -246,6 +254,17 @@ STUDIES: dict[str, list[Job]] = {
     "factors": [
         Job("gsm8k", METHODS[name], batch_size=4, seeds=(0, 1, 2) if name == PAPERS else (0,)) for name in FACTORS
     ],
+    "half-percent": [
+        Job(task, METHODS["data int8, given back, dense k=56"], **LONG) for task in ("openbookqa", "arc-easy")
+    ],
+    "no-search": [
+        Job(task, METHODS[DEFAULT], rate=2.26e-2, **LONG)
+        for task in ("gsm8k", "arc-easy", "openbookqa", "arc-challenge")
+    ],
+    "repeated": [
+        Job("gsm8k", METHODS[name], batch_size=4, seeds=(0, 1, 2))
+        for name in ("data int8, given back, dense k=192", "data int8, given back, dense k=64", "LoRA r=2")
+    ],
     "choices": [
         Job(task, METHODS[name], **LONG)
         for name in ("full fine-tuning", "LoRA r=8")
@@ -267,7 +286,13 @@ STUDIES: dict[str, list[Job]] = {
         *(Job(task, METHODS[name], **LONG) for task in CHOICES for name in ON_CHOICES),
         *(Job("gsm8k", METHODS[name], **LONG) for name in FACTORS),
     ],
-    "four-bit": [Job("gsm8k", METHODS[name], held=NF4, swept=DENSE, exact_match=True, **LONG) for name in FRONTIER[:7]],
+    "four-bit": [
+        Job("gsm8k", METHODS[name], batch_size=4, held=NF4, swept=DENSE, exact_match=True)
+        for name in (DEFAULT, "LoRA r=8", PAPERS, "LoRA r=16")
+    ],
+    "card-four-bit": [
+        Job("gsm8k", METHODS[name], held=NF4, swept=DENSE, exact_match=True, **LONG) for name in FRONTIER[:7]
+    ],
     "whitened": [Job("gsm8k", method, batch_size=4) for name, method in METHODS.items() if "whitened" in name],
     "rivals": [Job("gsm8k", METHODS[name]) for name in RIVALS],
 }
