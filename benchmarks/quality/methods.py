@@ -124,6 +124,16 @@ def _loftq(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Mod
     return model
 
 
+def _eva(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
+    """LoRA whose A begins at the leading directions of each layer's inputs on the first batches: PEFT's EVA."""
+    fields = {"r": options["r"], "lora_alpha": options["r"], "lora_dropout": 0.0, "init_lora_weights": "eva"}
+    chosen = {"eva_config": peft.EvaConfig(rho=options["rho"]), "task_type": setting.task.kind}
+    config = LoraConfig(target_modules="all-linear", **fields, **chosen)
+    model = get_peft_model(base, config, low_cpu_mem_usage=True)
+    peft.initialize_lora_eva_weights(model, dataloader=list(setting.calibration), show_progress_bar=False)
+    return model
+
+
 def _authors(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Module:
     """The authors' code: U (S + M) Vᵀ rebuilt in every forward; with their gate M is sigmoid(gate) * F, F not zero."""
     for name, layer in list(base.named_modules()):
@@ -204,6 +214,7 @@ METHODS = {
         lora(16, 4e-3),
         lora(2, 8e-3),
         Method("LoRA r=16, LoftQ's", "peft", 4e-3, {"r": 16, "start": "svd of W - NF4(W)"}, _loftq),
+        *(Method(f"LoRA r={r}, EVA's", "peft", 4e-3, {"r": r, "rho": 1.0}, _eva) for r in (8, 16)),
         lora(8, 4e-3, "rsLoRA", use_rslora=True, lora_alpha=math.isqrt(8)),
         lora(8, 4e-3, "DoRA", use_dora=True),
         rival("BOFT b=4", 4e-3, "BOFTConfig", boft_block_size=4),

@@ -204,6 +204,8 @@ FACTORS = (
     "rsLoRA r=8",
     "PSOFT r=96, free",
     "LoRA-XS (TinyLoRA) r=96",
+    "LoRA r=16, EVA's",
+    "LoRA r=8, EVA's",
     "VeRA r=256",
     "BOFT b=4",
     "FRoD",
