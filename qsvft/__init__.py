@@ -16,6 +16,7 @@ from .lean.chunked_loss import disable_chunked_loss, enable_chunked_loss
 from .loading import from_pretrained
 from .memory import MemoryReport, Recommendation, describe, held_bytes, profile, recommend
 from .prepare import prepare
+from .storage import blocks_over_rows as blocks_over_rows
 from .storage.quantization import quantize
 from .tuner import QSVFTConfig, QSVFTModel
 from .tuner.calibration import calibrate

@@ -1172,6 +1172,13 @@ MUTANTS = (
         ("checkpoint/source/test_names.py",),
     ),
     Mutant(
+        "rows of no whole blocks are read as they were",
+        "storage/blocks_over_rows.py",
+        "[1, prod(shape)]",
+        "shape",
+        ("storage/test_blocks_over_rows.py",),
+    ),
+    Mutant(
         "the offset of double quantisation summed in fp32",
         "storage/nf4.py",
         "offset = _mean(absmax)",

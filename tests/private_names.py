@@ -175,6 +175,13 @@ PRIVATE_NAMES = [
         _says("bitsandbytes.functional", ".packing_format_for_cpu = True"),
     ),
     PrivateName(
+        "bitsandbytes.backends.cpu.ops.dequantize_4bit",
+        "storage/blocks_over_rows.py",
+        "the operator whose kernel is wrong on CPUs with AVX512 where rows are no whole blocks",
+        "bitsandbytes reading those right",
+        _says("bitsandbytes.backends.cpu.ops", "bitsandbytes::dequantize_4bit"),
+    ),
+    PrivateName(
         "bitsandbytes.nn.Int8Params.CB",
         "storage/quantization.py storage/weights.py",
         "the int8 rows, which a layer's first forward moves",

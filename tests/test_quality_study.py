@@ -396,6 +396,37 @@ def test_the_dense_base_holds_the_numbers_of_the_quantised_one(data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+def test_every_way_to_round_a_weight_is_about_as_exact_as_nf4_and_finer_blocks_are_better(shape):
+    from rounding import WAYS
+
+    W = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    errors = {
+        (name, block): float((way(W, block) - W).norm() / W.norm()) for name, way in WAYS.items() for block in (64, 32)
+    }
+    assert all(0.05 < error < 0.11 for error in errors.values()), errors
+    assert all(errors[name, 32] < errors[name, 64] for name in WAYS)
+    assert errors["residual, 1/8 of the rank", 64] < min(errors[name, 64] for name in WAYS if "residual" not in name)
+
+
+def test_what_rounding_costs_is_a_table_of_three_models(monkeypatch, data, encoder, tmp_path, capsys):
+    import rounding
+
+    model = ROOT / "examples" / "base-model"
+    monkeypatch.setattr(rounding, "WAYS", {"NF4(W)": rounding.nf4})
+    path = tmp_path / "rounding.json"
+    rounding.main(["--data", str(data), "--model", str(model), "--minilm", str(encoder), "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert list(found) == ["shipped model, loss", "language model, loss", "encoder, error"]
+    assert all(list(rows) == ["bf16", "NF4(W), blocks of 64", "NF4(W), blocks of 32"] for rows in found.values())
+    assert found["encoder, error"]["bf16"] == 0 < found["encoder, error"]["NF4(W), blocks of 32"] < 0.3
+    assert found["shipped model, loss"]["bf16"] != found["shipped model, loss"]["NF4(W), blocks of 64"]
+    assert "NF4(W), blocks of 32" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        rounding.main(["--model", str(model)])
+    assert "--model and --minilm want --data" in capsys.readouterr().err
+
+
 def test_a_job_takes_the_best_rate_of_the_sweep_that_it_names():
     sweep = job("gsm8k", "LoRA r=8", held="dense")
     last = job("gsm8k", "LoRA r=8", held="nf4", swept="dense", seeds=(0, 1))

@@ -7,6 +7,7 @@ U P, held densely, with the Hadamard basis.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,15 +17,19 @@ from torch import Tensor, nn
 import qsvft
 from qsvft.storage.quantization import dequantize
 
+Directions = Callable[[int], Tensor]
+"""The rows of an orthonormal matrix of a size."""
+
 
 @torch.no_grad()
 def rounded_in_frame(model: Any) -> dict[str, Tensor]:
     """The weight of every linear layer but the head, by its parameter's name."""
     head = model.get_output_embeddings()
     layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head}
-    turned = nn.Sequential(*(_linear(_to_frame(layer.weight.float())) for layer in layers.values()))
+    turned = nn.Sequential(*(_linear(to_frame(layer.weight.float(), hadamard)) for layer in layers.values()))
     rounded = dequantize(qsvft.quantize(turned, bits=4, progress=False))
-    return {f"{name}.weight": _from_frame(one.weight.float()) for name, one in zip(layers, rounded, strict=True)}
+    pairs = zip(layers, rounded, strict=True)
+    return {f"{name}.weight": from_frame(one.weight.float(), hadamard) for name, one in pairs}
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -34,18 +39,20 @@ def _linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def _to_frame(W: Tensor) -> Tensor:
-    V = _directions(min(W.shape))
+def to_frame(W: Tensor, directions: Directions) -> Tensor:
+    """W V, or Uᵀ W of a matrix that is wider than it is tall."""
+    V = directions(min(W.shape))
     return W @ V.t() if W.shape[1] <= W.shape[0] else V @ W
 
 
-def _from_frame(P: Tensor) -> Tensor:
-    V = _directions(min(P.shape))
+def from_frame(P: Tensor, directions: Directions) -> Tensor:
+    """The weight that P stands for."""
+    V = directions(min(P.shape))
     return P @ V if P.shape[1] <= P.shape[0] else V.t() @ P
 
 
 @cache
-def _directions(size: int) -> Tensor:
+def hadamard(size: int) -> Tensor:
     """H D: D random signs, H block diagonal with a Walsh-Hadamard matrix for each power of two in the size."""
     draw = random.Random(f"0:{size}")
     signs = torch.tensor([1.0 - 2 * draw.getrandbits(1) for _ in range(size)])

@@ -182,6 +182,20 @@ def test_a_quantised_weight_is_the_same_on_both_devices_bit_for_bit(quantized_on
     assert torch.equal(found["cpu"], found[DEVICE])
 
 
+@pytest.mark.parametrize("n", [48, 96, 4304])
+def test_blocks_that_reach_over_rows_are_read_right(n):
+    layer = torch.nn.Linear(n, 80, bias=False, dtype=torch.bfloat16, device=DEVICE)
+    layer.weight.data.normal_(generator=torch.Generator(DEVICE).manual_seed(0))
+    W, x = layer.weight.detach().float(), torch.eye(n, dtype=torch.bfloat16, device=DEVICE)
+    held = qsvft.quantize(torch.nn.Sequential(layer), 4, progress=False)[0]
+    read = [
+        dense_weight(held).float(),
+        held(x).t().float(),
+        torch.cat([held(row.unsqueeze(0)) for row in x]).t().float(),
+    ]
+    assert all(float((found - W).norm() / W.norm()) == pytest.approx(0.093, abs=0.006) for found in read)
+
+
 def test_both_devices_quantise_to_the_same_weight_but_for_ties():
     """bitsandbytes divides in another way on a card: a number in the middle of two codes may take the other one."""
     generator = torch.Generator().manual_seed(0)
