@@ -1172,6 +1172,13 @@ MUTANTS = (
         ("checkpoint/source/test_names.py",),
     ),
     Mutant(
+        "calibration fits wherever its lack does",
+        "memory/fit/recommend.py",
+        "fits(calibrated_peak, card_gib)",
+        "fits(peak, card_gib)",
+        ("memory/fit/test_recommend.py",),
+    ),
+    Mutant(
         "rows of no whole blocks are read as they were",
         "storage/blocks_over_rows.py",
         "[1, prod(shape)]",

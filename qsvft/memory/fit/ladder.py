@@ -23,6 +23,12 @@ from ...tuner.targets import check_targets, rank_of, shape_of
 from ..methods import COUNTED, WRITTEN, Method
 
 RANKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
+RANK_COST = "fewer directions; of a full-rank band a quarter of them cost 0.01 nats (MiniLM)"
+RANK_COSTS = {
+    64: "fewer directions; 64 in place of 128 of a dense M cost 0.015 nats (SmolLM2-135M)",
+    32: "fewer directions; 32 in place of 128 of a dense M cost 0.045 nats (SmolLM2-135M)",
+    16: "fewer directions; already 32 in place of 128 of a dense M cost 0.045 nats (SmolLM2-135M)",
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,11 @@ class Step:
 STEPS = (
     Step("gradient_checkpointing", True, "the same gradients; the forward runs a second time in the backward"),
     Step("factor_bits", 8, "int8 factors; the loss after training moves by less than 0.001 (MiniLM)"),
-    Step("factor_bits", 4, "NF4 factors, a tenth off the exact ones; the loss moves by 0.001 (MiniLM)"),
+    Step("factor_bits", 4, "NF4 factors, a tenth off the exact ones; the loss moves by 0.003 (MiniLM, SmolLM2-135M)"),
     Step("quantize_embeddings", 8, "embeddings and head in int8; on a small model that moves the logits by 0.6%"),
     Step("offload", True, "checkpoints wait in host memory: the same gradients, for the time of the copies"),
     Step("quantize_embeddings", 4, "embeddings and head in NF4; on a small model that moves the logits by 5.5%"),
-    *(
-        Step("rank", rank, "fewer directions; 96 in place of 128 cost 0.003 nats of loss (SmolLM2-135M)")
-        for rank in RANKS
-    ),
+    *(Step("rank", rank, RANK_COSTS.get(rank, RANK_COST)) for rank in RANKS),
 )
 
 
@@ -80,6 +83,14 @@ class Rung:
     def checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward."""
         return bool(self.settings["gradient_checkpointing"])
+
+    @property
+    def calibrated(self) -> Rung | None:
+        """The same with directions from data and what NF4 took given back; None where it is so, or can not be."""
+        config = _config(self.settings)
+        if (config.pattern, config.sides, config.basis) != ("dense", "both", "singular") or config.residual:
+            return None
+        return replace(self, settings={**self.settings, "basis": "data", "residual": True})
 
     @property
     def options(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -320,6 +321,25 @@ def test_the_text_names_the_numbers_the_steps_and_the_line_to_run(peaks):
         assert f"{name}={value!r}" in text
     code = text.splitlines()[-1]
     assert code == f"model = qsvft.prepare(model, bits=4, {', '.join(f'{k}={v!r}' for k, v in found.options.items())})"
+
+
+@pytest.mark.parametrize("more", [0, 1, GIB])
+def test_the_text_says_what_calibration_would_need_and_whether_that_fits(monkeypatch, more):
+    peak = usable_bytes(8)
+    made_up(monkeypatch, lambda options, batch_size, seq_len: peak + (more if options.get("basis") == "data" else 0))
+    [line] = [reason for reason in recommend(8).reasons if reason.startswith("calibration=batches")]
+    assert line.endswith("which fits too" if not more else "which does not fit")
+    assert f"{math.ceil(needed_bytes(peak + more) / GIB * 100) / 100:.2f} GiB" in line
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [{"pattern": "banded"}, {"sides": "one", "rank": 32}, {"basis": "data", "residual": True}, {"residual": True}],
+    ids=str,
+)
+def test_calibration_is_no_reason_where_it_is_on_or_cannot_be(monkeypatch, fixed):
+    made_up(monkeypatch, lambda *_: GIB)
+    assert not any("calibration" in reason for reason in recommend(8, **fixed).reasons)
 
 
 def test_the_text_says_what_does_not_fit_and_never_rounds_it_down_to_the_card(monkeypatch):
