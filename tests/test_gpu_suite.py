@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "gpu"
 MODULES = (
     *("card", "cases", "decomposition", "finetune", "longest", "marked", "matrices", "peaks", "pieces", "predictions"),
-    *("recorder", "results", "slim_wheel", "stages", "steps", "string_task", "study", "suite", "summary", "tiny"),
+    *("recorder", "results", "slim_wheel", "stages", "steps", "string_task", "suite", "summary", "tiny"),
 )
 SMALLEST = "qsvft:factor_bits=4,quantize_embeddings=8"
 STEPS = [("qlora", 32), (SMALLEST, 32), ("svft", 32), ("qlora", 16), ("floor:chunked_loss=true", 16)]
@@ -61,10 +61,10 @@ def rows(folder, stage=None):
     return found if stage is None else [row for row in found if row.get("stage") == stage]
 
 
-def stages_main(suite, folder, *stages, started=None, seconds=3000.0, more=()):
+def stages_main(suite, folder, *stages, started=None, seconds=3000.0):
     """One process of the command, in this one."""
     started = started or time.time()
-    arguments = [*stages, "--rehearse", "--output", folder, "--started", started, "--ends", started + seconds, *more]
+    arguments = [*stages, "--rehearse", "--output", folder, "--started", started, "--ends", started + seconds]
     return suite("stages").main(list(map(str, arguments)))
 
 
@@ -294,10 +294,7 @@ def _runs(pid):
 
 def test_the_stages_seconds_fit_into_the_command_s(suite):
     cases = suite("cases")
-    stages = {name: seconds for name, seconds in cases.BUDGETS.items() if name != "study"}
-    assert list(stages) == list(suite("card").STAGES)
-    assert sum(stages.values()) + 2 * cases.RESERVE <= cases.LIMITS["card"] <= 8 * 60
-    assert cases.BUDGETS["study"] + cases.RESERVE <= cases.LIMITS["study"] <= 6 * 60
+    assert sum(cases.BUDGETS.values()) + 2 * cases.RESERVE <= cases.LIMIT <= 8 * 60
 
 
 @pytest.fixture
@@ -473,30 +470,16 @@ def test_a_device_that_computes_something_else_has_failed(suite, tmp_path, monke
 
 @pytest.fixture
 def model_in_pieces(suite, tmp_path):
-    """The shipped model in two folders, its weights in two pieces; and the demo's task as data."""
-    pieces, examples = suite("pieces"), suite("string_task").shift_examples(120, 0)
+    """The shipped model in two folders, its weights in two pieces."""
+    pieces = suite("pieces")
     base, first, second = ROOT / "examples" / "base-model", tmp_path / "first", tmp_path / "second"
     *parts, record = pieces.split(base / "model.safetensors", first, 4_000_000)
     second.mkdir()
     parts[1].rename(second / parts[1].name)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (second / name).write_bytes((base / name).read_bytes())
-    for name, some in (("train", examples[:100]), ("dev", examples[100:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in some))
     assert record.exists() and len(parts) == 2
     return first, second
-
-
-def test_the_study_trains_both_from_the_same_start_and_goes_on_where_it_was(suite, tmp_path, model_in_pieces):
-    first, second = model_in_pieces
-    more = ["--weights", first, "--weights", second, "--data", tmp_path, "--steps", 4, "--rates", 1]
-    assert stages_main(suite, tmp_path / "out", "study", more=more) == 0
-    ours, theirs = rows(tmp_path / "out", "study")
-    assert (ours["variant"], theirs["variant"]) == ("qsvft", "qlora r=16")
-    assert ours["loss_before"] == pytest.approx(theirs["loss_before"], rel=1e-6)
-    assert all(row["loss_after"] < row["loss_before"] and row["rehearsal"] for row in (ours, theirs))
-    assert stages_main(suite, tmp_path / "out", "study", more=more) == 0
-    assert rows(tmp_path / "out", "study") == [ours, theirs]
 
 
 def test_pieces_are_joined_bit_for_bit_and_what_is_missing_or_damaged_is_refused(suite, tmp_path, model_in_pieces):
@@ -541,10 +524,8 @@ def test_a_card_s_name_becomes_a_safe_folder(suite):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["speed"], "unknown stage 'speed'; expected tiny, steps, longest, decomposition, tests, study, summary"),
-        (["study", "tests"], "study and summary stand alone"),
-        (["study", "--data", "/nowhere"], "study needs --weights DIR (once for each folder) and --data DIR"),
-        (["study", "--data", "/nowhere", "--weights", "/nowhere"], "there is no '/nowhere'"),
+        (["speed"], "unknown stage 'speed'; expected tiny, steps, longest, decomposition, tests, summary"),
+        (["summary", "tests"], "summary stands alone"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

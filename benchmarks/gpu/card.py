@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cases import BUDGETS, LIMITS, PATIENCE, RESERVE
+from cases import BUDGETS, LIMIT, PATIENCE, RESERVE
 from results import ROOT, card_name, safe_name
 
-STUDY = "study"
-STAGES = tuple(stage for stage in BUDGETS if stage != STUDY)
+STAGES = tuple(BUDGETS)
 NEEDED = (
     *("torch", "numpy", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors", "huggingface_hub"),
     *("filelock", "typer", "rich", "psutil", "pytest"),
@@ -69,16 +68,12 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="card.sh", description="see README.md beside card.sh")
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(STAGES)}; {STUDY} or summary, alone")
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(STAGES)}; or summary, alone")
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help="how long the whole command may take, its start included")
     parser.add_argument("--rehearse", action="store_true", help="every stage's code on the CPU at toy size")
     parser.add_argument("--output", type=Path, help="folder for the results")
     parser.add_argument("--commit", help="of this checkout, where there is no git to ask")
-    parser.add_argument("--weights", type=Path, action="append", default=[], help="folder of the study's model")
-    parser.add_argument("--data", type=Path, help="folder of the study's train.jsonl and dev.jsonl")
-    parser.add_argument("--steps", type=int, default=100, help="of a run of the study")
-    parser.add_argument("--rates", type=int, default=3, help="learning rates of each variant of the study")
     options = parser.parse_args(arguments)
     trouble = _trouble(options)
     if trouble:
@@ -97,37 +92,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _trouble(options: argparse.Namespace) -> str | None:
-    known = (*STAGES, STUDY, "summary")
+    known = (*STAGES, "summary")
     unknown = [stage for stage in options.stages if stage not in known]
     if unknown:
         return f"unknown stage {unknown[0]!r}; expected {', '.join(known)}"
-    if len(options.stages) > 1 and {STUDY, "summary"} & set(options.stages):
-        return "study and summary stand alone; expected no other stage beside them"
+    if len(options.stages) > 1 and "summary" in options.stages:
+        return "summary stands alone; expected no stage beside it"
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         return f"{', '.join(missing)} not installed here; install it or give its wheel with --wheels DIR"
-    if options.stages != [STUDY]:
-        return None
-    if not options.weights or options.data is None:
-        return "study needs --weights DIR (once for each folder) and --data DIR"
-    needed = [*options.weights, options.data / "train.jsonl", options.data / "dev.jsonl"]
-    absent = next((path for path in needed if not path.exists()), None)
-    return None if absent is None else f"there is no {str(absent)!r}"
+    return None
 
 
 def _run(options: argparse.Namespace, folder: Path) -> int:
     stages = options.stages or list(STAGES)
-    seconds = LIMITS["study" if stages == [STUDY] else "card"] * (PATIENCE if options.rehearse else 1)
-    seconds = options.seconds or seconds
+    seconds = options.seconds or LIMIT * (PATIENCE if options.rehearse else 1)
     ends = options.started + seconds - RESERVE
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("stages.py")), *stages]
     command += ["--output", str(folder), "--started", str(options.started), "--ends", str(ends - RESERVE)]
-    command += ["--steps", str(options.steps), "--rates", str(options.rates)]
     command += ["--rehearse"] if options.rehearse else []
     command += ["--commit", options.commit] if options.commit else []
-    command += ["--data", str(options.data)] if options.data else []
-    for weights in options.weights:
-        command += ["--weights", str(weights)]
     return watch(command, ends)
 
 

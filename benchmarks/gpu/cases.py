@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-LIMITS = {"card": 480, "study": 360}
+LIMIT = 480
 """Seconds of a whole command, the start of the process included."""
 
 RESERVE = 6
 """Seconds of it in which nothing is measured any more: the tables are written."""
 
-BUDGETS = {"tiny": 60, "steps": 215, "longest": 80, "decomposition": 50, "tests": 60, "study": 350}
+BUDGETS = {"tiny": 60, "steps": 215, "longest": 80, "decomposition": 50, "tests": 60}
 """Seconds of each stage, in the order in which they run. What one leaves over goes to those that were cut short."""
 
 PATIENCE = 10

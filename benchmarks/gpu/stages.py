@@ -30,7 +30,7 @@ WAIT_S = 15.0
 StageRun = Callable[[Suite], None]
 
 
-def stage_table(options: argparse.Namespace) -> dict[str, StageRun]:
+def stage_table() -> dict[str, StageRun]:
     """What runs, in the order of the budgets; a module is read when its stage begins."""
 
     def of(name: str) -> StageRun:
@@ -39,15 +39,8 @@ def stage_table(options: argparse.Namespace) -> dict[str, StageRun]:
 
         return run
 
-    def study(suite: Suite) -> None:
-        import study
-
-        rates = {name: some[: options.rates] for name, some in study.RATES.items()}
-        wanted = study.Study(tuple(options.weights), options.data, rates, options.steps)
-        study.run(suite, wanted)
-
     names = {"tiny": "tiny", "steps": "peaks", "longest": "longest", "decomposition": "matrices", "tests": "marked"}
-    return {**{stage: of(module) for stage, module in names.items()}, "study": study}
+    return {stage: of(module) for stage, module in names.items()}
 
 
 def run_stages(suite: Suite, wanted: dict[str, StageRun]) -> int:
@@ -131,10 +124,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--started", type=float, required=True, help="when the command began, seconds since 1970")
     parser.add_argument("--ends", type=float, required=True, help="when the measuring must be over")
     parser.add_argument("--commit")
-    parser.add_argument("--weights", type=Path, action="append", default=[])
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rates", type=int, default=3)
     options = parser.parse_args(arguments)
     trouble = None if options.rehearse else no_card()
     if trouble:
@@ -148,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = Rows(options.output, run)
     predictions = Predictions(rows, side_jobs(options.rehearse))
     suite = Suite(options.output, device, plan, run, rows, predictions, options.started, options.ends)
-    table = stage_table(options)
+    table = stage_table()
     try:
         predictions.ask(
             list(steps_of(plan)) if "steps" in options.stages else [],

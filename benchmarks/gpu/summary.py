@@ -60,7 +60,6 @@ def tables(rows: list[Row]) -> Iterable[tuple[str, Table]]:
         ("The longest sequence", longest(rows)),
         ("Decomposing a weight", decompositions(rows)),
         ("Decomposing a model", models(rows)),
-        ("Learning", learning(rows)),
     )
     return ((heading, table) for heading, table in made if table[1])
 
@@ -158,15 +157,6 @@ def models(rows: list[Row]) -> Table:
     return ("way", "layers", "minutes"), lines
 
 
-def learning(rows: list[Row]) -> Table:
-    lines = [
-        [row["variant"], f"{row['rate']:g}", str(row["steps"]), _loss(row["loss_before"]), _loss(row["loss_after"])]
-        for row in of(rows, "study")
-        if row["status"] == RAN
-    ]
-    return ("variant", "rate", "steps", "loss before", "loss after"), lines
-
-
 def notes(rows: list[Row]) -> list[str]:
     """What the tables leave out: the CPU's agreement, tests, and the reason of every case without a result."""
     text = []
@@ -190,7 +180,3 @@ def _size(nbytes: int | None, unit: int) -> str:
 
 def _text(number: int | None) -> str:
     return "" if number is None else str(number)
-
-
-def _loss(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:.3f}"
