@@ -208,9 +208,9 @@ def _of_adapter(adapter: str | os.PathLike[str]) -> tuple[QSVFTConfig, int]:
 def _check_json(folder: Path) -> None:
     """Read a local folder's JSON files, whose readers in transformers say nothing of where they stopped."""
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             read_object(folder / name)
-    if (folder / INDEX_NAME).is_file():
+    if os.path.lexists(folder / INDEX_NAME):
         read_index(folder / INDEX_NAME)
 
 

@@ -1179,6 +1179,27 @@ MUTANTS = (
         ("memory/fit/test_recommend.py",),
     ),
     Mutant(
+        "a slow pattern is left to run",
+        "tuner/slow_patterns.py",
+        "len(_REPEAT.findall(text)) > 1",
+        "len(_REPEAT.findall(text)) > 99",
+        ("tuner/test_slow_patterns.py",),
+    ),
+    Mutant(
+        "a pipe in place of a config is passed over",
+        "loading.py",
+        "if os.path.lexists(folder / name):",
+        "if (folder / name).is_file():",
+        ("fuzz/test_special_files.py",),
+    ),
+    Mutant(
+        "a pipe beside a checkpoint is passed over",
+        "checkpoint/making/streaming.py",
+        "for path in folder.glob(pattern)})",
+        "for path in folder.glob(pattern) if path.is_file()})",
+        ("fuzz/test_special_files.py",),
+    ),
+    Mutant(
         "rows of no whole blocks are read as they were",
         "storage/blocks_over_rows.py",
         "[1, prod(shape)]",

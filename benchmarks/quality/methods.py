@@ -222,7 +222,7 @@ METHODS = {
         rival("FRoD", 4e-3, "FrodConfig", progressbar=False),
         rival("PSOFT r=96, free", 4e-3, "PsoftConfig", r=96, psoft_alpha=96, psoft_orth=False),
         rival("LoRA-XS (TinyLoRA) r=96", 4e-3, "TinyLoraConfig", r=96),
-        Method("authors' SVFT d=8", "torch", 8e-3, {"off_diagonals": 8, "gate": False}, _authors),
+        Method("authors' SVFT d=8", "torch", 8e-3, {"off_diagonals": 8, "gate": False}, _authors, "svft"),
         ours("two-sided d=8 (the paper's)", sides="both"),
         ours("two-sided int8 d=8", sides="both", factor_bits=8),
         ours("two-sided NF4 d=8", sides="both", factor_bits=4),

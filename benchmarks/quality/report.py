@@ -125,40 +125,49 @@ def every_run(rows: Sequence[Row]) -> Table:
 
 
 AXES = {
-    "parameters": ("trained parameters", lambda best, cost: best.rows[0]["trainable_parameters"]),
-    "peak": ("predicted peak of the same setting on Llama-3-8B, GiB", lambda best, cost: cost.get("peak_gib")),
-    "time": ("time of a step 1024 wide, in units of QLoRA's", lambda best, cost: cost.get("step")),
+    "trained parameters": lambda best, cost: best.rows[0]["trainable_parameters"],
+    "predicted peak on Llama-3-8B, GiB": lambda best, cost: cost.get("peak_gib"),
+    "step 1024 wide, in QLoRA's": lambda best, cost: cost.get("step"),
 }
+LOGARITHMIC = "trained parameters"
 
 
-def draw(task: str, found: Sequence[Best], costs: dict[str, Row], folder: Path) -> None:
-    """Held-out loss against parameters, peak and time: a dot a method, its range over seeds, the front as a line."""
+def draw(title: str, found: Sequence[Best], costs: dict[str, Row], path: Path) -> None:
+    """Held-out loss against parameters, peak and time: a number a method, its range over seeds, the front as a line."""
     from matplotlib.figure import Figure
 
-    for name, (label, value) in AXES.items():
-        points = [(value(best, costs.get(best.job.method.name, {})), best) for best in found]
+    ordered = sorted(found, key=lambda best: best.mean("loss") or math.inf)
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    panels = figure.subplots(1, len(AXES) + 1, sharey=True, width_ratios=(*[1] * len(AXES), 0.9))
+    for axes, (label, value) in zip(panels, AXES.items(), strict=False):
+        points = [(value(best, costs.get(best.job.method.name, {})), best) for best in ordered]
         points = [(x, best) for x, best in points if x is not None]
-        if not points:
-            continue
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
         for x, best in points:
             losses = best.values("loss")
-            color = "tab:blue" if best.job.method.package == "qsvft" else "tab:orange"
-            axes.plot([x, x], [min(losses), max(losses)], color=color, linewidth=1, alpha=0.6)
-            axes.plot(x, mean(losses), "o", color=color, markersize=5)
+            axes.plot([x, x], [min(losses), max(losses)], color=_color(best), linewidth=1, alpha=0.6)
+            axes.plot(x, mean(losses), "o", color=_color(best), markersize=4)
             axes.annotate(
-                best.job.method.name, (x, mean(losses)), xytext=(5, 3), textcoords="offset points", fontsize=7
+                ordered.index(best) + 1, (x, mean(losses)), xytext=(4, 3), textcoords="offset points", fontsize=8
             )
-        front = _front([(x, mean(best.values("loss"))) for x, best in points])
-        axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8, linestyle="--")
-        if name == "parameters":
+        if points:
+            front = _front([(x, mean(best.values("loss"))) for x, best in points])
+            axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8, linestyle="--")
+        if label == LOGARITHMIC:
             axes.set_xscale("log")
         axes.set_xlabel(label)
-        axes.set_ylabel(f"held-out loss, {task}")
         axes.spines[["top", "right"]].set_visible(False)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{task}-{name}.png", dpi=120)
+    panels[0].set_ylabel(f"held-out loss, {title}")
+    panels[-1].axis("off")
+    for place, best in enumerate(ordered):
+        text = f"{place + 1}  {best.job.method.name}: {best.mean('loss'):.3f}"
+        height = 1 - (place + 1) / (len(ordered) + 1)
+        panels[-1].text(0, height, text, transform=panels[-1].transAxes, fontsize=8, color=_color(best))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _color(best: Best) -> str:
+    return "tab:blue" if best.job.method.package == "qsvft" else "tab:orange"
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -190,7 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before = next((row for row in rows if Runs.same(row, job.untrained())), None)
         console.print(table_of(job.task, found, before, costs))
         if options.pictures:
-            draw(job.task, found, costs, options.pictures)
+            setting = f"{job.task}, {job.steps} steps of {job.batch_size}"
+            draw(setting, found, costs, options.pictures / f"{job.task}-{job.steps}x{job.batch_size}-{job.held}.png")
     if options.all:
         console.print(every_run(rows))
 

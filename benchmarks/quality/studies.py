@@ -209,6 +209,9 @@ FACTORS = (
     "VeRA r=256",
     "BOFT b=4",
     "FRoD",
+    "LoRA r=8",
+    "LoRA r=16",
+    "singular, dense k=128",
 )
 """One factor at a time, the most telling first."""
 TOY = (

@@ -37,7 +37,7 @@ def check_names(model: nn.Module, config: QSVFTConfig) -> None:
     if config.base is not None:
         return
     if isinstance(config.exclude_modules, str):
-        if not any(_compiled("exclude_modules", config.exclude_modules).fullmatch(one) for one in names):
+        if not any(re.fullmatch(config.exclude_modules, one) for one in names):
             _refuse(model, "exclude_modules", config.exclude_modules, short_names(model))
     else:
         single = {one for one in names if _is_single(model.get_submodule(one))}
@@ -51,8 +51,7 @@ def check_names(model: nn.Module, config: QSVFTConfig) -> None:
 
 
 def _check_whole(model: nn.Module, name: str) -> None:
-    """Refuse a name of ``modules_to_save`` that PEFT would fail at: part of no pattern, or a list's."""
-    _compiled("modules_to_save", name)
+    """Refuse a name of ``modules_to_save`` that PEFT would fail at: a list's."""
     for one, module in model.named_modules():
         if one.endswith(name) and isinstance(module, nn.ModuleList | nn.ModuleDict):
             raise ValueError(
@@ -71,7 +70,6 @@ def check_rank_pattern(config: QSVFTConfig, targets: Sequence[str]) -> None:
     if config.base is not None:
         return
     for key in config.rank_pattern:
-        _compiled("rank_pattern", key)
         if not any(get_pattern_key([key], name) == key for name in targets):
             known = sorted({name.rpartition(".")[2] for name in targets})
             close = _hint(key.rpartition(".")[2], known)
@@ -94,15 +92,6 @@ def _is(name: str, wanted: str) -> bool:
 def _is_single(module: nn.Module) -> bool:
     """Whether a name excludes this module, and not its children, which go by their own."""
     return isinstance(module, AdaptedLinear | HeldLinear) or not list(module.children())
-
-
-def _compiled(field: str, expression: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise ValueError(
-            f"{field}: {expression!r} is no regular expression ({error}); expected a name or a regular expression."
-        ) from error
 
 
 def _refuse(model: nn.Module, field: str, name: str, known: Collection[str]) -> None:

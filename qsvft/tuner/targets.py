@@ -18,6 +18,7 @@ from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
 from .config import DENSE_RANK, QSVFTConfig
 from .names import check_names, check_rank_pattern, short_names
+from .slow_patterns import check_patterns
 from .tasks import left_whole
 
 logger = logging.get_logger(__name__)
@@ -39,6 +40,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         ValueError: a rank or a band too large for every layer, a weight that cannot be decomposed.
         TypeError: a target that is not a linear layer.
     """
+    check_patterns(config, [name for name, _ in model.named_modules()])
     wanted = copy.copy(config)
     wanted.modules_to_save = [*(config.modules_to_save or []), *left_whole] or None
     if config.target_modules == "all-linear":

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
+from ...storage.json_files import MAX_JSON_BYTES, require_file
 from ...storage.left_dense import report_dense
 from ...storage.quantization import linear_names
 from ...tuner.config import QSVFTConfig
@@ -20,6 +22,8 @@ from .directory import Directory, Record
 from .job import Job, open_job
 from .work import source_digest
 from .workers import do_units
+
+logger = logging.get_logger(__name__)
 
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "trainer_state.json")
@@ -86,6 +90,7 @@ def run_job(job: Job, target: Directory, workers: int, device: torch.device, pro
     if target.clear_up():
         return target.folder
     target.check_new()
+    along = companions(job.checkpoint.folder)
     _report_dense(job)
     with target.locked():
         records = _resumed(job, target, progress)
@@ -94,7 +99,7 @@ def run_job(job: Job, target: Directory, workers: int, device: torch.device, pro
         try:
             for number, record in _with_progress(job, target, pending, workers, device, progress):
                 records[job.units[number].name] = record
-            target.finish(records, _config_json(job), companions(job.checkpoint.folder))
+            target.finish(records, _config_json(job), along)
         except KeyboardInterrupt:
             raise PreparationInterrupted(_how_to_go_on(target, records, "interrupted")) from None
         except OSError as error:
@@ -156,9 +161,17 @@ def _config_json(job: Job) -> dict[str, Any]:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Tokenizer, generation config, licence: what comes along as it is."""
-    found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not any(path.match(pattern) for pattern in _NOT_COPIED))
+    """Tokenizer, generation config, licence: what comes along as it is.
+
+    Raises:
+        OSError, ValueError: one is a pipe, a folder or a link to nothing.
+    """
+    named = sorted({path for pattern in _COPIED for path in folder.glob(pattern)})
+    found = [path for path in named if not any(path.match(pattern) for pattern in _NOT_COPIED)]
+    large = [path for path in found if require_file(path).st_size > MAX_JSON_BYTES]
+    for path in large:
+        logger.warning(f"{path}: found {path.stat().st_size} bytes, more than a model's own files have; not copied")
+    return [path for path in found if path not in large]
 
 
 def _check_same_source(job: Job, target: Directory, manifest: dict[str, Any]) -> None:
