@@ -102,6 +102,11 @@ def prepare(
     weights_seen = {f"{name}.weight" for name in targets}
     check_tensors((name, tensor) for name, tensor in model.named_parameters() if name not in weights_seen)
     check_residual(config, bits)
+    if config.trainable_token_indices is not None and switches.quantize_embeddings != 16:
+        raise ValueError(
+            f"prepare(): trainable_token_indices trains rows of the embeddings, quantize_embeddings="
+            f"{switches.quantize_embeddings} holds them in few bits; expected one of the two"
+        )
     vocabulary.check_embeddings(model, switches.quantize_embeddings, skip_modules=trained_whole)
     align_tensors(model, odd_only=True)  # otherwise what the base computes could change in its last bits
     weights = _dense_weights(model, targets) if config.gives_back else None

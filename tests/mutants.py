@@ -1179,6 +1179,20 @@ MUTANTS = (
         ("memory/fit/test_recommend.py",),
     ),
     Mutant(
+        "a token past the last is trained",
+        "tuner/names.py",
+        "if max(ids) >= len(weight):",
+        "if max(ids) > len(weight):",
+        ("tuner/test_trained_tokens.py",),
+    ),
+    Mutant(
+        "rows of one weight are trained apart",
+        "tuner/names.py",
+        "if tied and len(",
+        "if not tied and len(",
+        ("tuner/test_trained_tokens.py",),
+    ),
+    Mutant(
         "a slow pattern is left to run",
         "tuner/slow_patterns.py",
         "len(_REPEAT.findall(text)) > 1",

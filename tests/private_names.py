@@ -260,6 +260,12 @@ PRIVATE_NAMES = [
         "without values BOFT's permutations need not be filled, 27 GiB for a model of 7B",
         "BOFT on the meta device",
     ),
+    PrivateName(
+        "peft.tuners.lora.LoraModel._add_modules_to_save_to_tie",
+        "tuner/model.py",
+        "ensure_weight_tying: the head trains as the tied embedding does",
+        "the same in BaseTuner",
+    ),
     *(
         PrivateName(
             f"peft.tuners.tuners_utils.{hook}",

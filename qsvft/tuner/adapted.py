@@ -45,6 +45,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("qsvft_M",)
     other_param_names = ("qsvft_pattern", "qsvft_probe", "qsvft_scale", "settings", "forms", "units", "came_from")
 
+    cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it; inputs are cast nowhere here
+
     base_layer: nn.Module
     # BaseTunerLayer's, for the type checker.
     active_adapters: list[str]

@@ -48,6 +48,16 @@ def _is_numbers(value: Any) -> bool:
     return all(is_integer(one, 0) for one in several)
 
 
+def _are_tokens(value: Any) -> bool:
+    if value is None:
+        return True
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return bool(lists) and all(
+        isinstance(one, list) and one and len(set(map(str, one))) == len(one) and all(is_integer(i, 0) for i in one)
+        for one in lists
+    )
+
+
 def _strings(value: Any) -> bool:
     return isinstance(value, Collection) and all(isinstance(one, str) and one for one in value)
 
@@ -76,6 +86,10 @@ class QSVFTConfig(PeftConfig):
             (every linear layer except the output head), which None means as well.
         exclude_modules: names, or a regular expression, of layers to leave out.
         modules_to_save: modules to train and save whole, such as a fresh classification head.
+        trainable_token_indices: tokens whose rows of the input embeddings are trained and saved, as for new special
+            tokens: their ids, or {"embed_tokens": ids} by a layer's name. Where embeddings and head are one weight,
+            both change. Not of an embedding that is quantised.
+        ensure_weight_tying: with ``modules_to_save`` or ``trainable_token_indices``: what is tied to it stays so.
         layers_to_transform: numbers of the layers of a model (blocks) to adapt, None for all.
         layers_pattern: what their list is called, such as "layers" or "h", where a model has several numbered lists;
             None takes the first number in a name.
@@ -132,6 +146,13 @@ class QSVFTConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = option(
         None, NAMES, "Modules to train and save whole, such as a new head.", "strings", _is_list, of_factors=True
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
+        None, TABLE, "Tokens whose embeddings train: ids, or ids by a layer's name.",
+        "token ids of at least 0, each once, or a dict of layers' names to such lists, or None", _are_tokens,
+    )  # fmt: skip
+    ensure_weight_tying: bool = option(
+        False, SWITCH, "What trains of tied embeddings and head stays tied.", "True or False", _is_bool
     )
     layers_to_transform: list[int] | int | None = option(
         None, NUMBERS, "Numbers of the layers to adapt; None for all.", "whole numbers, or None", _is_numbers,

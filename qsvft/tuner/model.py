@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, ClassVar
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
@@ -100,11 +102,15 @@ class QSVFTModel(BaseTuner):
             self._progress.total -= 1  # nothing was decomposed
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """PEFT's would move ``weight`` over, which a base layer of our own does not have as a matrix."""
-        if isinstance(new_module, HeldLinear):
+        """PEFT's would move ``weight`` over, which a base layer of our own does not have as a matrix, and of which a
+        module that was trained whole, or some rows of it, has its own."""
+        if isinstance(new_module, HeldLinear) or isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    # The head trains as the tied embedding does (``ensure_weight_tying``).
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from peft.utils import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..storage.weights import HeldLinear
@@ -34,6 +35,7 @@ def check_names(model: nn.Module, config: QSVFTConfig) -> None:
                 _refuse(model, "target_modules", name, short_names(model))
     for name in config.modules_to_save or ():
         _check_whole(model, name)
+    check_tokens(model, config)
     if config.base is not None:
         return
     if isinstance(config.exclude_modules, str):
@@ -58,6 +60,50 @@ def _check_whole(model: nn.Module, name: str) -> None:
                 f"modules_to_save: {name!r} means {one}, a {type(module).__name__}, which has no forward; expected "
                 "names of modules that have, such as a head."
             )
+
+
+def check_tokens(model: nn.Module, config: QSVFTConfig) -> None:
+    """Refuse ``trainable_token_indices`` that have no row, or not a row of an embedding in 16 or 32 bits.
+
+    Raises:
+        ValueError: naming the layer and what it has.
+    """
+    wanted = _tokens(model, config)
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    if tied and len({tuple(sorted(ids)) for ids in wanted.values()}) > 1:
+        raise ValueError(
+            f"trainable_token_indices: {' and '.join(wanted)} are one weight in this model, whose rows cannot be "
+            "trained apart; expected the same ids for both, or a list of ids."
+        )
+    for name, ids in wanted.items():
+        module = next((module for one, module in model.named_modules() if one and _is(one, name)), None)
+        weight: Any = getattr(getattr(module, "original_module", module), "weight", None)
+        if module is None:
+            embeddings = [one for one, module in model.named_modules() if isinstance(module, nn.Embedding)]
+            _refuse(model, "trainable_token_indices", name, embeddings)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"trainable_token_indices: {name} is a {type(module).__name__} without a dense weight of tokens; "
+                "expected an embedding or a head in 16 or 32 bits. Leave quantize_embeddings at 16."
+            )
+        if max(ids) >= len(weight):
+            raise ValueError(
+                f"trainable_token_indices: {max(ids)} is no row of {name}, which has {len(weight)}; expected ids below "
+                "that. Call model.resize_token_embeddings() before, for tokens that are new."
+            )
+        if any(_is(name, one) for one in config.modules_to_save or ()):
+            raise ValueError(f"trainable_token_indices: {name} is in modules_to_save as well; expected one of the two.")
+
+
+def _tokens(model: nn.Module, config: QSVFTConfig) -> dict[str, list[int]]:
+    """The token ids by the name of their layer, which is the input embeddings' where none is given."""
+    wanted = config.trainable_token_indices
+    if wanted is None or isinstance(wanted, dict):
+        return wanted or {}
+    given: Any = model
+    embeddings = given.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    name = next((name for name, module in model.named_modules() if module is embeddings), "embed_tokens")
+    return {name: wanted}
 
 
 def check_rank_pattern(config: QSVFTConfig, targets: Sequence[str]) -> None:

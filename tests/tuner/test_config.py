@@ -16,6 +16,8 @@ REFUSED = [
     ("modules_to_save", [None], "strings"),
     ("modules_to_save", "classifier", "strings"),
     ("modules_to_save", [""], "strings"),
+    ("trainable_token_indices", [1, 1], "token ids of at least 0, each once"),
+    ("ensure_weight_tying", None, "True or False"),
     ("layers_to_transform", [-1], "whole numbers, or None"),
     ("layers_to_transform", ["1"], "whole numbers, or None"),
     ("layers_to_transform", True, "whole numbers, or None"),
@@ -53,7 +55,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "value", "allowed"), REFUSED)
 def test_a_field_out_of_its_range_is_refused_with_what_is_allowed(name, value, allowed):
-    with pytest.raises(ValueError, match=re.escape(f"QSVFTConfig.{name}: expected {allowed}, got ")) as refusal:
+    with pytest.raises(ValueError, match=re.escape(f"QSVFTConfig.{name}: expected {allowed}")) as refusal:
         QSVFTConfig(**{name: value})
     found = str(refusal.value).split("got ", 1)[1]
     assert found in (repr(value), repr(set(value)) if name.endswith("_modules") and isinstance(value, list) else "")

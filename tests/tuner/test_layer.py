@@ -5,6 +5,7 @@ import copy
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from small_models import same_tensors
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -225,6 +226,16 @@ def test_an_inactive_adapter_adds_nothing(shape, form):
     assert torch.equal(layer(x), alone)
     layer.set_adapter("b")
     assert not torch.allclose(layer(x), alone)
+
+
+def test_inputs_are_cast_nowhere_so_that_casting_can_be_switched_off():
+    """M is cast to the dtype of the input, which is what PEFT's switch is there to ask for."""
+    model = nn.Sequential(adapted(linear((64, 48), dtype=torch.bfloat16)))
+    x = torch.randn(3, 48, dtype=torch.bfloat16)
+    expected = model(x)
+    with disable_input_dtype_casting(model):
+        found = model(x)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
 
 
 @EACH_FORM
