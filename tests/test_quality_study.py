@@ -118,6 +118,18 @@ def test_other_seeds_run_at_the_best_rate_once_it_is_known():
     assert next_run(1e-3, (0, 1), {0: losses, 1: {1e-3: 1.0}}) is None
 
 
+@pytest.mark.parametrize("name", ["LoRA r=8", "one-sided d=8", "singular int8, dense k=128", "data, dense k=64"])
+def test_every_method_trains_the_new_head_of_a_sentence_classifier(name, data, encoder, tmp_path):
+    from methods import METHODS, Setting
+    from studies import load_task
+
+    task = load_task(job("sst2", name), encoder, data, tmp_path, "cpu")
+    model = METHODS[name].make(task.load("dense", 0), Setting(task, 0, "dense", task.batches(0, 2, 4)))
+    assert [
+        one for one, p in model.named_parameters() if p.requires_grad and ".classifier." in one and "qsvft" not in one
+    ]
+
+
 def test_a_job_of_one_rate_runs_its_seeds_there_and_its_other_runs_do_not_count():
     sweep, fixed = (job("gsm8k", "LoRA r=8", seeds=(0, 1), rate=rate) for rate in (None, 2e-2))
     others = [{**sweep.identity(rate, 0), "loss": 1.0} for rate in (4e-3, 8e-3)]

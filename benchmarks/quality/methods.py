@@ -87,12 +87,13 @@ def _ours(base: nn.Module, options: dict[str, Any], setting: Setting) -> nn.Modu
     bits = 4 if setting.held == NF4 else 16
     if options["basis"] == "data":
         fields = {name: value for name, value in options.items() if name != SEEN}
-        config, loss = qsvft.QSVFTConfig(**fields), setting.task.loss
+        # The task says which head is fresh, and trains whole.
+        config, loss = qsvft.QSVFTConfig(task_type=setting.task.kind, **fields), setting.task.loss
         batches = setting.task.own_batches() if SEEN in options else setting.calibration
         weights = setting.task.load(BF16, setting.seed).named_parameters() if config.residual else ()
         named = ((name.removesuffix(".weight"), weight) for name, weight in weights)
         qsvft.calibrate(base, config, batches, loss, named if config.residual else None)
-        return get_peft_model(base, qsvft.QSVFTConfig(**fields))
+        return get_peft_model(base, qsvft.QSVFTConfig(task_type=setting.task.kind, **fields))
     return qsvft.prepare(base, bits=bits, gradient_checkpointing=False, progress=False, **options)
 
 
