@@ -1193,6 +1193,27 @@ MUTANTS = (
         ("tuner/test_trained_tokens.py",),
     ),
     Mutant(
+        "calibration looks at what attention drops",
+        "tuner/calibration.py",
+        """(name == "p" and "Dropout" in type(module).__name__) or "drop" in name""",
+        """"drop" in name""",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
+        "U is what a head that was drawn at random asks for",
+        "tuner/calibration.py",
+        "_Watch(layers, config, has_new_head(model, config))",
+        "_Watch(layers, config, False)",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
+        "a vocabulary that trains whole is a new head",
+        "tuner/tasks.py",
+        "and not any(module is known for known in vocabulary)",
+        "",
+        ("tuner/test_calibration.py",),
+    ),
+    Mutant(
         "a slow pattern is left to run",
         "tuner/slow_patterns.py",
         "len(_REPEAT.findall(text)) > 1",

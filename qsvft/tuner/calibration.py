@@ -2,6 +2,8 @@
 
     V  the leading eigenvectors of Σ x xᵀ           over the layer's inputs x
     U  the leading eigenvectors of Σ g gᵀ           over the gradients g of the loss by the layer's outputs
+       of Σ y yᵀ                                    over the outputs y = W x, where the model has a new head: what it
+                                                    asks for before it is trained was drawn at random
 
 Sums run over the tokens of the batches; alpha (``unit="weight"``) is measured on them too, so that an M of alpha times
 ones changes W x by at most as much as W x is on average:
@@ -36,6 +38,7 @@ from .given_back import what_rounding_took
 from .progress import progress_shown
 from .sources import DataDirections
 from .targets import check_targets, rank_of, shape_of
+from .tasks import has_new_head
 
 MOST_BATCHES = 16
 """Batches that are looked at, the first of those given."""
@@ -53,9 +56,9 @@ def calibrate(
 ) -> None:
     """Find the directions of ``basis="data"`` for the adapters that are attached to a model from now on.
 
-    A few batches of what is to be trained on are enough: some thousand tokens. Each takes a forward and a backward; M,
-    optimizer and gradients of weights there are none. Beside the model it holds (m + n)(k + 32) numbers in fp32 a layer
-    on the CPU.
+    A few batches of what is to be trained on are enough: some thousand tokens. Each takes a forward and a backward, a
+    forward alone where the config's task or ``modules_to_save`` name a new head; M, optimizer and gradients of weights
+    there are none. Beside the model it holds (m + n)(k + 32) numbers in fp32 a layer on the CPU.
 
     Args:
         model: quantised as it will be trained, without the adapter. Nothing of it changes.
@@ -80,7 +83,7 @@ def calibrate(
             "weights=, names with the weights before they were quantised, found none."
         )
     layers = {name: model.get_submodule(name) for name in check_targets(model, config)}
-    watch = _Watch(layers, config)
+    watch = _Watch(layers, config, has_new_head(model, config))
     with _frozen(model), watch.attached(), torch.enable_grad():
         few = islice(batches, MOST_BATCHES)
         for batch in tqdm(few, desc="calibrating", unit="batch", leave=False, disable=not progress_shown()):
@@ -112,17 +115,17 @@ def check_calibration(config: QSVFTConfig, calibration: object) -> None:
 class _Watch:
     """Sums of what passes through some layers."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], config: QSVFTConfig) -> None:
-        self._layers, self._config = layers, config
+    def __init__(self, layers: Mapping[str, nn.Module], config: QSVFTConfig, new_head: bool) -> None:
+        self._layers, self._config, self._new_head = layers, config, new_head
         self._recording, self._batches = False, 0
         self._mask: Tensor | None = None
         self._outputs = dict.fromkeys(layers, 0.0)  # Σ |W x|²
         self._inputs: dict[str, CovarianceSketch] = {}
-        self._gradients: dict[str, CovarianceSketch] = {}
+        self._changes: dict[str, CovarianceSketch] = {}  # of g, or of y
         for name, layer in layers.items():
             m, n = shape_of(layer, name)
             rank = rank_of(config, name, (m, n))
-            self._inputs[name], self._gradients[name] = CovarianceSketch(n, rank), CovarianceSketch(m, rank)
+            self._inputs[name], self._changes[name] = CovarianceSketch(n, rank), CovarianceSketch(m, rank)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -149,7 +152,8 @@ class _Watch:
                 f"calibration: the loss of batch {self._batches} is {found}; expected a finite number. Give batches "
                 "with labels, or loss=, a function of the model and a batch."
             )
-        found.backward()
+        if not self._new_head:
+            found.backward()
         self._batches += 1
 
     def _look(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -162,8 +166,10 @@ class _Watch:
                 y = self._rows(output.detach())
                 y = y if bias is None else y - bias
                 self._outputs[name] += float(torch.linalg.vector_norm(y, dtype=torch.float64).square())
-            if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(lambda g: self._gradients[name].add(g.flatten(0, -2)))
+                if self._new_head:
+                    self._changes[name].add(y)
+            if isinstance(output, Tensor) and output.requires_grad and not self._new_head:
+                output.register_hook(lambda g: self._changes[name].add(g.flatten(0, -2)))
 
         return look
 
@@ -177,14 +183,14 @@ class _Watch:
         """U, V and alpha's length of every layer."""
         if not self._batches:
             raise ValueError("calibration: found no batch; expected a few, such as four of those to train on.")
-        unseen = [name for name, sketch in self._gradients.items() if not sketch.energy]
+        unseen = [name for name, sketch in self._changes.items() if not sketch.energy]
         if unseen:
             raise ValueError(
                 f"{unseen[0]}: no batch of the calibration reached this layer ({len(unseen)} of {len(self._layers)} "
                 "such): no gradient came by. Give more batches, or leave those layers out with exclude_modules."
             )
         bits, bases, lengths = self._config.stored_bits, {}, {}
-        for side, sketches in (("V", self._inputs), ("U", self._gradients)):
+        for side, sketches in (("V", self._inputs), ("U", self._changes)):
             for name, sketch in sketches.items():
                 energies, rows = sketch.directions()
                 bases[name, BasisKey.data(side, bits, rows.shape[0])] = StoredBasis(StoredMatrix.hold(rows, bits))
@@ -206,16 +212,24 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     """While this lasts, no parameter asks for a gradient, and the model trains, without dropout."""
     asked = [p for p in model.parameters() if p.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
+    rates = [(module, name, vars(module)[name]) for module, _ in modes for name in _dropout_rates(module)]
     try:
         for p in asked:
             p.requires_grad_(False)
         model.train()
-        for module, _ in modes:
-            if isinstance(module, nn.Dropout):
-                module.eval()
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
         yield
     finally:
         for p in asked:
             p.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+
+
+def _dropout_rates(module: nn.Module) -> list[str]:
+    """The attributes that say how much a module drops: attention and activations are often dropped by a function."""
+    named = [name for name, value in vars(module).items() if isinstance(value, float)]
+    return [name for name in named if (name == "p" and "Dropout" in type(module).__name__) or "drop" in name]

@@ -108,7 +108,8 @@ class QSVFTConfig(PeftConfig):
         factor_bits: how U and V are held: 16 (bf16), 8 (int8 in blocks of 64) or 4 (NF4, double quantisation). None is
             8 for a dense M and for directions from data, and 16 otherwise.
         basis: "singular" (singular vectors) or "data": V holds the leading directions of the layer's inputs on some
-            batches, U those of the gradient of its outputs (``sides="both"`` only; see :func:`qsvft.calibrate`). They
+            batches, U those of the gradient of its outputs, or of the outputs where the model has a new head
+            (``sides="both"`` only; see :func:`qsvft.calibrate`). They
             cannot be computed again, so that the adapter carries them (``include_factors``).
         decomposition: how U and V are computed: "exact" (fp64 singular vectors), "randomized" (fp64, directions that
             hold nearly the most energy that ``rank`` directions can, for a fraction of the time where the rank is

@@ -72,6 +72,17 @@ def left_whole(config: QSVFTConfig) -> list[str]:
     return ["qa_outputs"] if config.task_type == TaskType.QUESTION_ANS else []
 
 
+def has_new_head(model: nn.Module, config: QSVFTConfig) -> bool:
+    """Whether a module trains whole that is not of the vocabulary: a head, whose weights were drawn at random."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    vocabulary = [getter() for getter in getters if getter is not None]
+    return any(
+        one.endswith(name) and not any(module is known for known in vocabulary)
+        for name in whole(config)
+        for one, module in model.named_modules()
+    )
+
+
 def check_residual(config: QSVFTConfig, bits: int) -> None:
     """Refuse a residual base of other than 4 bits."""
     if config.residual and bits != 4:

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_models import coefficients, load, logits, randomize, same_tensors, save_llama, state, tokens
+from transformers import BertConfig, BertForSequenceClassification
 
 import qsvft
 from qsvft import QSVFTConfig
@@ -278,3 +279,54 @@ def test_a_layer_that_reads_zeros_alone_has_the_unit_one():
     qsvft.calibrate(net, config, [torch.randn(9, 48)], lambda model, x: model(x).square().mean())
     (layer,) = layers(get_peft_model(net, config)).values()
     assert layer.units["default"] == 1.0
+
+
+def classifier(seed):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=48, max_position_embeddings=32, num_labels=3)
+    model = BertForSequenceClassification(config)
+    torch.manual_seed(seed)
+    model.classifier.reset_parameters()
+    return model
+
+
+def sentences(count=3):
+    found = [tokens(8, 12, seed) % 64 for seed in range(count)]
+    return [{"input_ids": ids, "labels": torch.arange(8) % 3} for ids in found]
+
+
+@pytest.mark.parametrize("options", [{}, {"task_type": None, "modules_to_save": ["classifier"]}], ids=str)
+def test_with_a_new_head_u_is_of_the_outputs_and_does_not_depend_on_how_the_head_was_drawn(options):
+    models = [qsvft.prepare(classifier(seed), 16, calibration=sentences(), **{**OPTIONS, **options}) for seed in (1, 2)]
+    assert {one.p for one in models[0].modules() if isinstance(one, torch.nn.Dropout)} == {0.1}  # none while it looked
+    outputs = {}
+    plain = classifier(1).train()
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name, layer in plain.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(
+                lambda layer, _, y, name=name: outputs.setdefault(name, []).append((y - layer.bias).flatten(0, -2))
+            )
+    for batch in sentences():
+        plain(**batch)
+    for name, layer in layers(models[0]).items():
+        key = layer.forms["default"].outward
+        held = layer.basis(key).dense(torch.float64)
+        assert torch.equal(held, layers(models[1])[name].basis(key).dense(torch.float64)), name
+        rows = torch.cat(outputs[name]).detach().double()
+        best = torch.linalg.eigvalsh(rows.T @ rows).flip(0)[: len(held)].sum()
+        assert 0.9 < float((rows @ held.T).square().sum() / best) < 1.01, name
+
+
+def test_a_vocabulary_that_trains_whole_is_no_new_head(llama):
+    given = {"calibration": batches(), **OPTIONS}
+    found, expected = (
+        qsvft.prepare(load(llama, torch.float32), 16, **given, **more)
+        for more in ({"modules_to_save": ["lm_head"]}, {})
+    )
+    for name, layer in layers(found).items():
+        key = layer.forms["default"].outward
+        assert torch.equal(*(one.basis(key).dense(torch.float32) for one in (layer, layers(expected)[name]))), name
