@@ -129,7 +129,10 @@ AXES = {
     "predicted peak on Llama-3-8B, GiB": lambda best, cost: cost.get("peak_gib"),
     "step 1024 wide, in QLoRA's": lambda best, cost: cost.get("step"),
 }
-LOGARITHMIC = "trained parameters"
+TICKS = {
+    "predicted peak on Llama-3-8B, GiB": (6, 7, 8, 10, 12, 16, 24),
+    "step 1024 wide, in QLoRA's": (1, 1.2, 1.5, 2, 3),
+}
 
 
 def draw(title: str, found: Sequence[Best], costs: dict[str, Row], path: Path) -> None:
@@ -152,8 +155,10 @@ def draw(title: str, found: Sequence[Best], costs: dict[str, Row], path: Path) -
         if points:
             front = _front([(x, mean(best.values("loss"))) for x, best in points])
             axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8, linestyle="--")
-        if label == LOGARITHMIC:
-            axes.set_xscale("log")
+        axes.set_xscale("log")
+        if label in TICKS:
+            axes.set_xticks(TICKS[label], labels=map(str, TICKS[label]))
+            axes.minorticks_off()
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"held-out loss, {title}")

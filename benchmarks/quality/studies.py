@@ -214,6 +214,26 @@ FACTORS = (
     "singular, dense k=128",
 )
 """One factor at a time, the most telling first."""
+TIMED = (
+    *(f"data int8, given back, dense k={k}" for k in (32, 64, 96, 128, 192)),
+    "data NF4, given back, dense k=128",
+    "data bf16, given back, dense k=128",
+    PAPERS,
+    "two-sided, plain",
+    "two-sided d=32",
+    "one-sided d=8",
+    "one-sided, plain",
+    "authors' SVFT d=8",
+    "LoRA r=2",
+    "LoRA r=8",
+    "rsLoRA r=8",
+    "DoRA r=8",
+    "PSOFT r=96, free",
+    "VeRA r=256",
+    "BOFT b=4",
+    "FRoD",
+)
+"""Those of which ``costs.py`` is asked what a step costs: one of each that differ in that."""
 TOY = (
     "data int8, given back, dense k=64",
     "singular, dense k=64",
@@ -270,6 +290,7 @@ STUDIES: dict[str, list[Job]] = {
         Job("gsm8k", METHODS[name], batch_size=4, seeds=(0, 1, 2))
         for name in ("data int8, given back, dense k=192", "data int8, given back, dense k=64", "LoRA r=2")
     ],
+    "timed": [Job("gsm8k", METHODS[name], batch_size=4) for name in TIMED],
     "choices": [
         Job(task, METHODS[name], **LONG)
         for name in ("full fine-tuning", "LoRA r=8")
