@@ -251,10 +251,12 @@ def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, d
     import report
     from methods import METHODS
 
+    # Of those that differ in their rank alone, one.
+    names = [name for name in METHODS if not name.endswith(("k=32", "k=56", "k=64", "k=192"))]
     monkeypatch.setattr("sweep.next_rate", lambda start, losses: None if losses else start)
-    rows = call(monkeypatch, [job("boolq", name) for name in METHODS], data, tmp_path)
+    rows = call(monkeypatch, [job("boolq", name) for name in names], data, tmp_path)
     found = {row["method"]: row for row in rows}
-    assert list(found) == ["before training", *METHODS]
+    assert list(found) == ["before training", *names]
     for name, row in found.items():
         assert row.get("loss", 0) > 0, (name, row)
         assert 0 <= row["accuracy"] <= 1 and row["own_text"] > 0 and row["other_text"] > 0, name
@@ -263,7 +265,7 @@ def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, d
     # FRoD rebuilds every weight in bf16, and some start elsewhere than at this base.
     elsewhere = ("tried: from the error, dense k=96", "tried: corrected, dense k=96", "LoRA r=16, LoftQ's")
     others = ("FRoD", "authors' SVFT d=8, gate", *elsewhere)
-    exact = [name for name in METHODS if name not in others and "given back" not in name]
+    exact = [name for name in names if name not in others and "given back" not in name]
     first = {name: found[name]["losses"][0] for name in exact}
     assert first == {name: pytest.approx(first["LoRA r=8"], abs=0.05) for name in exact}
     costs = tmp_path / "costs.json"
@@ -272,7 +274,7 @@ def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, d
         ["--runs", str(tmp_path), "--study", "toy", "--costs", str(costs), "--pictures", str(tmp_path), "--all"]
     )
     shown = capsys.readouterr().out
-    assert all(name in shown for name in METHODS)
+    assert all(name in shown for name in names)
     assert f"{base['loss']:.4f}" in shown
     assert [path.name for path in tmp_path.glob("*.png")] == ["boolq-2x4-dense.png"]
 
