@@ -1209,8 +1209,8 @@ MUTANTS = (
     Mutant(
         "a vocabulary that trains whole is a new head",
         "tuner/tasks.py",
-        "and not any(module is known for known in vocabulary)",
-        "",
+        "if getter is not None and getter() is not None:",
+        "if getter is None:",
         ("tuner/test_calibration.py",),
     ),
     Mutant(

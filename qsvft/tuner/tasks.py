@@ -73,14 +73,11 @@ def left_whole(config: QSVFTConfig) -> list[str]:
 
 
 def has_new_head(model: nn.Module, config: QSVFTConfig) -> bool:
-    """Whether a module trains whole that is not of the vocabulary: a head, whose weights were drawn at random."""
-    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    vocabulary = [getter() for getter in getters if getter is not None]
-    return any(
-        one.endswith(name) and not any(module is known for known in vocabulary)
-        for name in whole(config)
-        for one, module in model.named_modules()
-    )
+    """Whether a head was drawn at random: one trains whole, and there is none over a vocabulary, which was learned."""
+    getter = getattr(model, "get_output_embeddings", None)
+    if getter is not None and getter() is not None:
+        return False
+    return any(one.endswith(name) for name in whole(config) for one, _ in model.named_modules())
 
 
 def check_residual(config: QSVFTConfig, bits: int) -> None:

@@ -321,11 +321,11 @@ def test_with_a_new_head_u_is_of_the_outputs_and_does_not_depend_on_how_the_head
         assert 0.9 < float((rows @ held.T).square().sum() / best) < 1.01, name
 
 
-def test_a_vocabulary_that_trains_whole_is_no_new_head(llama):
+@pytest.mark.parametrize("whole", ["lm_head", "embed_tokens", "norm"])
+def test_what_trains_whole_of_a_language_model_is_no_new_head(llama, whole):
     given = {"calibration": batches(), **OPTIONS}
     found, expected = (
-        qsvft.prepare(load(llama, torch.float32), 16, **given, **more)
-        for more in ({"modules_to_save": ["lm_head"]}, {})
+        qsvft.prepare(load(llama, torch.float32), 16, **given, **more) for more in ({"modules_to_save": [whole]}, {})
     )
     for name, layer in layers(found).items():
         key = layer.forms["default"].outward
