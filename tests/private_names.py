@@ -274,6 +274,7 @@ PRIVATE_NAMES = [
             "documented hooks for tuners of other packages",
         )
         for hook in (
+            "BaseTuner._check_new_adapter_config",
             "BaseTuner._create_and_replace",
             "BaseTuner._get_adapter_state_dict",
             "BaseTuner._prepare_model",
@@ -284,6 +285,12 @@ PRIVATE_NAMES = [
             "BaseTunerLayer._active_adapter",
             "BaseTunerLayer._move_adapter_to_device_of_base_layer",
         )
+    ),
+    PrivateName(
+        "peft.tuners.tuners_utils.BaseTuner._get_learnable_bias_state_dict",
+        "tuner/adapter_file.py",
+        "which biases PEFT saves with an adapter that trains them",
+        "a public function that says so",
     ),
     PrivateName(
         "peft.tuners.tuners_utils._maybe_include_all_linear_layers",

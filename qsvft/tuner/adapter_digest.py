@@ -53,17 +53,40 @@ def whole_digest(layers: Mapping[str, Tensor], whole: Mapping[str, Tensor], adap
 
     Args:
         layers: their digests, by their names.
-        whole: the tensors of modules that were trained whole, by their names in the model's state.
+        whole: the tensors of what was trained whole, by their names in the model's state.
         adapter: its name, which those names hold.
     """
-    kept = {_place(key.replace(f".modules_to_save.{adapter}", ""), 2): tensor for key, tensor in whole.items()}
-    return content_digest(*_described({_place(name, 1): digest for name, digest in layers.items()}), *_described(kept))
+    return content_digest(*_in_place(_placed(layers, 1)), *_in_place(_placed(_plain(whole, adapter), 2)))
+
+
+def whole_digest_before(layers: Mapping[str, Tensor], whole: Mapping[str, Tensor], adapter: str) -> Tensor:
+    """The same as it was in files from before: of an encoder's and a decoder's layers the last alone."""
+    both = (_placed(layers, 1), _placed(_plain(whole, adapter), 2))
+    last = [list({one[0]: one for one in placed}.values()) for placed in both]
+    return content_digest(*_in_place(last[0]), *_in_place(last[1]))
+
+
+def _plain(whole: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """By their names in a model without adapters."""
+    named = {key.replace(f".modules_to_save.{adapter}", ""): tensor for key, tensor in whole.items()}
+    return {key.replace(".base_layer.", "."): tensor for key, tensor in named.items()}
 
 
 def _place(name: str, last: int) -> str:
     """The numbers and the last parts of a name: libraries rename what stands before, and an adapter is the same."""
     parts = name.split(".")
     return ".".join([*(part for part in parts[:-last] if part.isdigit()), *parts[-last:]])
+
+
+def _placed(tensors: Mapping[str, Tensor], last: int) -> list[tuple[str, str, Tensor]]:
+    """(place, name, tensor) of each."""
+    return [(_place(name, last), name, tensor) for name, tensor in tensors.items()]
+
+
+def _in_place(placed: list[tuple[str, str, Tensor]]) -> Iterator[Tensor | str]:
+    """By place, and by name where several have one."""
+    for place, _, tensor in sorted(placed, key=lambda one: one[:2]):
+        yield from _described({place: tensor})
 
 
 def _described(tensors: Mapping[str, Tensor]) -> Iterator[Tensor | str]:

@@ -23,12 +23,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..maths.aligned import aligned
 from ..maths.patterns import IndexPattern
-from .adapter_digest import layer_digest, layer_digest_before, whole_digest
+from .adapter_digest import layer_digest, layer_digest_before, whole_digest, whole_digest_before
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .parameter import check_finite, with_coefficients
@@ -113,7 +114,7 @@ class AdapterReader:
     def check(self, layers: list[tuple[str, QSVFTLinear]], adapter: str, model: nn.Module) -> None:
         """Check every layer, then load patterns; raise ValueError at the first that does not fit."""
         bare = {name.removeprefix(PREFIX): layer for name, layer in layers}
-        saved_whole = saved_whole_keys(model, adapter)
+        saved_whole = saved_whole_keys(model, adapter, self.config, model.state_dict())
         for key in list(self.parameters):
             owner = next((key.removesuffix(f".{leaf}") for leaf in (_M, _PROBE) if key.endswith(f".{leaf}")), None)
             if owner is not None:
@@ -150,9 +151,10 @@ class AdapterReader:
                 f"the adapter's file has no {_WHOLE}, the digest of all of it; found {len(self.records)} other records."
                 " It is incomplete: copy it again, or save the adapter again."
             )
-        if expected is not None and not torch.equal(whole_digest(digests, whole, adapter), expected.cpu()):
+        known = (digest(digests, whole, adapter) for digest in (whole_digest, whole_digest_before))
+        if expected is not None and not any(torch.equal(one, expected.cpu()) for one in known):
             raise ValueError(
-                f"the adapter's {len(digests)} layers and {len(whole)} tensors of modules_to_save do not match their "
+                f"the adapter's {len(digests)} layers and {len(whole)} other tensors that it trains do not match their "
                 "common digest: some are of another save, or were changed. Copy or save the adapter again."
             )
 
@@ -256,11 +258,12 @@ class AdapterReader:
         )
 
 
-def saved_whole_keys(model: nn.Module, adapter: str) -> set[str]:
-    """The state's keys of the modules that the adapter trains whole."""
-    return {
+def saved_whole_keys(model: nn.Module, adapter: str, config: QSVFTConfig, state_dict: Mapping[str, Tensor]) -> set[str]:
+    """The state's keys of what the adapter trains whole: modules, rows of embeddings, biases."""
+    modules = {
         f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}"
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
         for key in module.adapter_state_dict_load_map(adapter).values()
     }
+    return modules | set(BaseTuner._get_learnable_bias_state_dict(model, dict(state_dict), config))

@@ -24,6 +24,7 @@ from .peft_type import QSVFT
 SIDES = ("one", "both")
 BASES = ("singular", "data")
 UNITS = ("weight", "one")
+BIASES = ("none", "qsvft_only", "all")
 
 
 def _refuse(name: str, found: object, allowed: str) -> NoReturn:
@@ -89,6 +90,9 @@ class QSVFTConfig(PeftConfig):
         trainable_token_indices: tokens whose rows of the input embeddings are trained and saved, as for new special
             tokens: their ids, or {"embed_tokens": ids} by a layer's name. Where embeddings and head are one weight,
             both change. Not of an embedding that is quantised.
+        bias: "none", "qsvft_only" (the biases of the adapted layers train, and are saved with the adapter) or "all"
+            (all biases of the model). As in PEFT they are the base's own: its only adapter may train them, and what
+            it changed of them stays while it is disabled.
         ensure_weight_tying: with ``modules_to_save`` or ``trainable_token_indices``: what is tied to it stays so.
         layers_to_transform: numbers of the layers of a model (blocks) to adapt, None for all.
         layers_pattern: what their list is called, such as "layers" or "h", where a model has several numbered lists;
@@ -152,6 +156,7 @@ class QSVFTConfig(PeftConfig):
         None, TABLE, "Tokens whose embeddings train: ids, or ids by a layer's name.",
         "token ids of at least 0, each once, or a dict of layers' names to such lists, or None", _are_tokens,
     )  # fmt: skip
+    bias: str = option("none", WORD, "Biases that train: of the adapted layers, or all.", *one_of(BIASES))
     ensure_weight_tying: bool = option(
         False, SWITCH, "What trains of tied embeddings and head stays tied.", "True or False", _is_bool
     )

@@ -94,3 +94,9 @@ def _check(model: nn.Module, names: Any) -> None:
             f"adapter_names=: found {unknown}, which this model does not have; expected some of {sorted(known)}, "
             f"or '{BASE}' for rows without an adapter."
         )
+    biased = [name for name, config in getattr(model, "peft_config", {}).items() if config.bias != "none"]
+    if biased:
+        raise ValueError(
+            f"adapter_names=: adapter '{biased[0]}' changed the base's biases (QSVFTConfig.bias), which every row has; "
+            "expected adapters with bias='none'."
+        )

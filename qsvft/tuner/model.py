@@ -73,6 +73,16 @@ class QSVFTModel(BaseTuner):
         if self._progress is not None:
             self._progress.total = len(names)
 
+    def _check_new_adapter_config(self, config: QSVFTConfig) -> None:
+        super()._check_new_adapter_config(config)
+        biased = [name for name, one in self.peft_config.items() if getattr(one, "bias", "none") != "none"]
+        if biased and len(self.peft_config) > 1:
+            raise ValueError(
+                f"QSVFTConfig.bias: adapter '{biased[0]}' trains biases of the base, which the adapters "
+                f"{sorted(set(self.peft_config) - set(biased[:1]))} would have as well; found {len(self.peft_config)} "
+                "adapters, expected one. Set bias='none', or give each its own model."
+            )
+
     def _create_and_replace(
         self,
         peft_config: QSVFTConfig,
@@ -158,7 +168,8 @@ class QSVFTModel(BaseTuner):
         """M and the probe, with what loading checks, and the factors of a self-contained adapter."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         config.base = describe_model(model)
-        whole = {key: state_dict[key] for key in saved_whole_keys(model, adapter_name) if key in state_dict}
+        keys = saved_whole_keys(model, adapter_name, config, state_dict)
+        whole = {key: state_dict[key] for key in keys if key in state_dict}
         add_records(selected, named_layers(model, adapter_name), adapter_name, config.include_factors, whole)
         return selected
 

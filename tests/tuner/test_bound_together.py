@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_models import coefficients, load, logits, randomize, same_tensors, state
+from transformers import BartConfig, BartForConditionalGeneration
 
 import qsvft
 from qsvft.storage import whole_folders
@@ -69,6 +70,56 @@ def test_layers_of_two_saves_do_not_make_one_adapter(llama, tmp_path):
         reloaded(llama, tmp_path / "one")
 
 
+ENCODER, DECODER = (f"base_model.model.model.{side}.layers.0.self_attn.q_proj" for side in ("encoder", "decoder"))
+
+
+def bart():
+    """Trains biases; its encoder and decoder have layers of the same numbers and names, here with the same weights."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 64, "pad_token_id": 0}
+    counts = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    model = BartForConditionalGeneration(BartConfig(**sizes, **counts, **heads, max_position_embeddings=32))
+    model.model.decoder.layers[0].self_attn.load_state_dict(model.model.encoder.layers[0].self_attn.state_dict())
+    return get_peft_model(model, qsvft.QSVFTConfig(target_modules=["q_proj"], rank=4, bias="qsvft_only"))
+
+
+def trained_bart(folder, seed):
+    model = randomize(bart(), seed=seed)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_proj.base_layer.bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("what", ["M", "bias"])
+def test_layers_of_an_encoder_and_a_decoder_are_told_apart(tmp_path, what):
+    for seed in (1, 2):
+        trained_bart(tmp_path / str(seed), seed)
+    other = load_file(tmp_path / "2" / WEIGHTS)
+
+    def of_another_save(tensors):
+        tensors.update({key: other[key] for key in keys_of(ENCODER)})
+
+    def exchanged(tensors):
+        for key in keys_of(ENCODER):
+            other = key.replace(ENCODER, DECODER)
+            tensors[key], tensors[other] = tensors[other], tensors[key]
+
+    def keys_of(layer):
+        return [key for key in other if key.startswith(layer) and key.endswith("bias") == (what == "bias")]
+
+    assert len(keys_of(ENCODER)) == len(keys_of(DECODER)) > 0
+    PeftModel.from_pretrained(bart().unload(), tmp_path / "1")
+    whole = load_file(tmp_path / "1" / WEIGHTS)
+    for change in (of_another_save, exchanged):
+        edit(tmp_path / "1", change)
+        with pytest.raises(ValueError, match="do not match their common digest"):
+            PeftModel.from_pretrained(bart().unload(), tmp_path / "1")
+        save_file(whole, tmp_path / "1" / WEIGHTS, {"format": "pt"})
+
+
 @pytest.mark.parametrize("way", ["of another save", "in another shape", "in another dtype"])
 def test_modules_that_were_trained_whole_are_bound_to_the_layers(llama, tmp_path, way):
     trained(llama, tmp_path / "one", seed=1)
@@ -103,6 +154,7 @@ EDITS = [
     {"basis": "data"},
     {"target_modules": ["q_proj"]},
     {"modules_to_save": None},
+    {"bias": "all"},
 ]
 
 
