@@ -689,6 +689,13 @@ MUTANTS = (
         ("tuner/test_biases.py",),
     ),
     Mutant(
+        "a shard of M is saved in its place",
+        "tuner/adapter_file.py",
+        "    if tuple(selected[key].shape) != (pattern.count,):",
+        "    if False:",
+        ("tuner/test_saving.py",),
+    ),
+    Mutant(
         "a save that was cut off is never finished",
         "tuner/registration.py",
         "            finish_saving(one)",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +27,10 @@ def test_the_demo_learns_a_task_that_is_new_to_its_model_and_reloads_it_bit_for_
 
 
 @pytest.mark.parametrize("line", ["{", '{"prompt": "a"}', '["a"]', '{"prompt": "a", "completion": ""}'])
-def test_a_bad_line_of_ones_own_examples_is_named(tmp_path, line):
+def test_a_bad_line_of_ones_own_examples_is_named(tmp_path, line, monkeypatch):
     data = tmp_path / "mine.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
-    done = subprocess.run([sys.executable, str(SCRIPT), "--dataset", str(data)], capture_output=True, text=True)
-    assert done.returncode == 1 and f"error: {data}, line 2: " in done.stderr
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--dataset", str(data)])
+    monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
+    with pytest.raises(SystemExit, match=re.escape(f"error: {data}, line 2: ")):
+        runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -74,6 +74,12 @@ def _add_records(
     """The layer's digest, which is the last of them."""
     layer.check_finite(adapter)
     pattern, key = layer.pattern(adapter), f"{name}.qsvft_M.{adapter}.weight"
+    if tuple(selected[key].shape) != (pattern.count,):
+        raise ValueError(
+            f"{name}: M of adapter '{adapter}' has shape {tuple(selected[key].shape)}, expected ({pattern.count},): it "
+            "is a shard of it. Gather the parameters (accelerator.get_state_dict(model)) and save with "
+            "save_pretrained(..., state_dict=...)."
+        )
     selected[key] = selected[key].to(torch.float32)
     base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
     found = {_M: selected[key], _PROBE: selected[f"{name}.qsvft_probe.{adapter}"], "qsvft_base": base}

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -384,4 +385,5 @@ class QSVFTLinear(AdaptedLinear):
             self.qsvft_pattern[adapter_name].to(target)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        kind = quantization_extra_repr(self)
+        return f"in_features={self.in_features}, out_features={self.out_features}" + (f", {kind}" if kind else "")

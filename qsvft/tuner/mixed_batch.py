@@ -41,13 +41,13 @@ def check_rows(layer: AdaptedLinear, x: Tensor, names: Sequence[str]) -> None:
     """Refuse names that do not belong to the rows of x, or a layer that has adapters in its weight."""
     if layer.merged:
         raise ValueError(
-            f"{layer.module_name}: adapter_names= on a model with merged adapters ({', '.join(layer.merged_adapters)}"
-            "); expected none. Call unmerge_adapter() before."
+            f"{layer.module_name}: Cannot pass `adapter_names` when there are merged adapters, please call "
+            f"`unmerge_adapter` first. Found {', '.join(layer.merged_adapters)}, expected none."
         )
     if len(names) != len(x):
         raise ValueError(
-            f"{layer.module_name}: adapter_names= has {len(names)} names for {len(x)} rows; expected one for each row "
-            "of the batch."
+            f"{layer.module_name}: Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} names and {len(x)} rows. Give one for each row of the batch."
         )
 
 
@@ -87,12 +87,12 @@ def _check(model: nn.Module, names: Any) -> None:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names=: found {names!r}; expected a list with the name of an adapter for each row.")
     if model.training:
-        raise ValueError("adapter_names= with a model in training mode; expected evaluation. Call model.eval() before.")
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() before.")
     known = {name for layer in model.modules() if isinstance(layer, AdaptedLinear) for name in layer.qsvft_M}
     if unknown := sorted(set(names) - known - {BASE}):
         raise ValueError(
-            f"adapter_names=: found {unknown}, which this model does not have; expected some of {sorted(known)}, "
-            f"or '{BASE}' for rows without an adapter."
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Expected in adapter_names= some of "
+            f"{sorted(known)}, or '{BASE}' for rows without an adapter."
         )
     biased = [name for name, config in getattr(model, "peft_config", {}).items() if config.bias != "none"]
     if biased:

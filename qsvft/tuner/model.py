@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
@@ -103,6 +104,8 @@ class QSVFTModel(BaseTuner):
             )
         else:
             layer = QSVFTLinear(target, adapter_name, peft_config, current_key, self._sources)
+            kind: Any = resolve_quantization_backend(layer.get_base_layer(), **get_quantization_kwargs(self.model))
+            layer.quantization_backend = kind
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 import qsvft
 
-KEPT = {"target_modules", "modules_to_save", "exclude_modules", "task_type"}
+KEPT = {"target_modules", "modules_to_save", "exclude_modules", "task_type", "bias"}
 """Options of LoRA's cases that mean the same here."""
 
 LORAS = {"r", "lora_alpha", "lora_dropout", "init_lora_weights", "use_rslora"}
@@ -32,6 +32,15 @@ def ours(module: str, name: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any,
         name: the list's name in it.
         rows: what it holds; in each the config class, with its keywords after it.
     """
+    if module == "test_quantization.py":
+        targets = {"target_modules": ["q_proj", "v_proj"]}
+        return [(qsvft.QSVFTConfig, {**targets, **form}) for form in FORMS.values()]
+    if name == "MIXED_ADAPTER_TEST_CASES":
+        lin0 = {"target_modules": ["lin0"], "init_weights": False}
+        return [
+            ("QSVFT mixed adapter", configured(**lin0), configured(**lin0, rank=4)),
+            ("QSVFT mixed adapter, other forms", configured(**lin0), configured(**lin0, **FORMS["one-sided band"])),
+        ]
     if name == "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES":
         return [
             ("QSVFT Same", "qsvft", qsvft.QSVFTConfig, *(_noisy({"target_modules": ["lin0"]}),) * 2),
@@ -45,21 +54,30 @@ def ours(module: str, name: str, rows: list[tuple[Any, ...]]) -> list[tuple[Any,
     found: list[tuple[Any, ...]] = []
     for row in rows:
         at = next((place for place, item in enumerate(row) if item is LoraConfig), None)
-        if (
-            at is None
-            or not (set(row[at + 1]) - KEPT - LORAS <= ({"bias"} if row[at + 1].get("bias") == "none" else set()))
-            or not _linear(row[:at], row[at + 1])
-        ):
+        if at is None or not set(row[at + 1]) <= KEPT | LORAS or not _linear(row[:at], row[at + 1]):
             continue
         for form, options in FORMS.items():
-            kept = {key: value for key, value in row[at + 1].items() if key in KEPT}
+            kept = _kept(row[at + 1])
             if kept.get("task_type") == "FEATURE_EXTRACTION":
                 # No gradient reaches a pooler in those tests, and DeBERTa's first form reads in_proj's weight itself.
-                kept["target_modules"] = r".*attention\.output\.dense"
+                kept["target_modules"] = ["attention.output.dense"]
             label = [f"{row[0].replace('LoRA', 'QSVFT')} {form}".strip(), *row[1:at]] if at else []
             if not any(old[: at + 2] == (*label, qsvft.QSVFTConfig, {**kept, **options}) for old in found):
                 found.append((*label, qsvft.QSVFTConfig, {**kept, **options}))
     return found
+
+
+def configured(**options: Any) -> qsvft.QSVFTConfig:
+    """A config of ours in place of another method's, with those of its options that mean the same."""
+    noise = False in (options.get("init_lora_weights"), options.get("init_weights"))
+    ours = {key: value for key, value in options.items() if key in ("pattern", "sides", "off_diagonals")}
+    targets = {"target_modules": ["q_proj", "v_proj"], "rank": options.get("rank", 2)}
+    return qsvft.QSVFTConfig(**{**targets, **_kept(options), **ours, "init_weights": not noise})
+
+
+def _kept(options: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in options.items() if key in KEPT}
+    return {**kept, "bias": kept["bias"].replace("lora_only", "qsvft_only")} if "bias" in kept else kept
 
 
 def _noisy(options: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 1024, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
         | {"decoder_attention_heads": 4, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "max_position_embeddings": 100},
     ),
+    "cliptext": ("CLIPTextModelWithProjection", SMALL),
     "bertforseq": ("BertForSequenceClassification", SMALL),
     "bert": ("BertModel", SMALL),
     "robertaforseq": ("RobertaForSequenceClassification", SMALL),
@@ -50,18 +51,21 @@ def local(name: str) -> str:
     """The folder of the model that stands for an id, or the name itself where none does."""
     if "/" not in name or Path(name).exists():
         return name
+    if name.endswith("/opt-125m"):
+        wide = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+        return str(_saved("opt", num_hidden_layers=12, **wide))
     plain = name.rsplit("/", 1)[-1].lower().replace("-", "").replace("_", "")
     families = [key for key in FAMILIES if key in plain]
     return str(_saved(max(families, key=len))) if families and "tiny" in plain else name
 
 
 @cache
-def _saved(family: str) -> Path:
+def _saved(family: str, **changes: Any) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="peft-suite-")) / family
     kind, settings = FAMILIES[family]
     model = getattr(transformers, kind)
     torch.manual_seed(0)
-    model(model.config_class(**settings)).eval().save_pretrained(folder)
+    model(model.config_class(**{**settings, **changes})).eval().save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel({f"<{number}>": number for number in range(1024)}, unk_token="<3>"))
     tokenizer.pre_tokenizer = Whitespace()
     special = {"pad_token": "<0>", "bos_token": "<1>", "eos_token": "<2>", "unk_token": "<3>"}

@@ -87,8 +87,3 @@ def test_an_adapter_that_trains_biases_is_the_only_one_of_its_model_and_of_all_r
     with pytest.raises(ValueError, match="'second' trains biases of the base"):
         other.add_adapter("second", qsvft.QSVFTConfig(rank=8, bias="all", task_type="CAUSAL_LM"))
     assert list(other.peft_config) == ["default"]
-
-
-def test_no_other_way_to_train_biases_is_known():
-    with pytest.raises(ValueError, match=r"QSVFTConfig.bias: .*'none', 'qsvft_only', 'all'"):
-        qsvft.QSVFTConfig(bias="lora_only")

@@ -17,6 +17,8 @@ REFUSED = [
     ("modules_to_save", "classifier", "strings"),
     ("modules_to_save", [""], "strings"),
     ("trainable_token_indices", [1, 1], "token ids of at least 0, each once"),
+    ("bias", "lora_only", "one of 'none', 'qsvft_only', 'all'"),
+    ("bias", None, "one of 'none', 'qsvft_only', 'all'"),
     ("ensure_weight_tying", None, "True or False"),
     ("layers_to_transform", [-1], "whole numbers, or None"),
     ("layers_to_transform", ["1"], "whole numbers, or None"),

@@ -91,8 +91,8 @@ def test_beams_leave_the_rows_of_an_encoder_as_they_are():
 
 
 REFUSED = {
-    "unknown": (["a", "c", "b", "a"], ValueError, r"adapter_names=: found \['c'\], .* expected some of \['a', 'b'\]"),
-    "too few": (["a"], ValueError, r"q_proj: adapter_names= has 1 names for 4 rows; expected one for each row"),
+    "unknown": (["a", "c", "b", "a"], ValueError, r"adapter\(s\): c\. Expected .* some of \['a', 'b'\]"),
+    "too few": (["a"], ValueError, r"q_proj: .* number of inputs, but got 1 names and 4 rows\."),
     "a string": ("aaaa", TypeError, r"adapter_names=: found 'aaaa'; expected a list"),
 }
 
@@ -105,10 +105,10 @@ def test_names_that_mean_nothing_are_refused(llama, names, error, message):
 
 def test_in_training_when_merged_and_with_anothers_offsets_it_is_refused(llama):
     model, ids = model_of(llama, "default"), tokens(4, 12)
-    with pytest.raises(ValueError, match=r"training mode; expected evaluation\. Call model\.eval\(\)"):
+    with pytest.raises(ValueError, match=r"when the model is in training mode\. Call model\.eval\(\)"):
         model.train()(input_ids=ids, adapter_names=NAMES)
     with pytest.raises(ValueError, match="alora_offsets=: found offsets; expected none"):
         model.eval()(input_ids=ids, alora_offsets=[1, 2, 3, 4])
     model.merge_adapter(["a"])
-    with pytest.raises(ValueError, match=r"q_proj: adapter_names= on a model with merged adapters \(a\); .*unmerge"):
+    with pytest.raises(ValueError, match=r"q_proj: .* when there are merged adapters, .*unmerge.* Found a,"):
         model(input_ids=ids, adapter_names=NAMES)

@@ -14,6 +14,7 @@ from small_models import load, logits, randomize
 
 import qsvft
 from qsvft import QSVFTConfig
+from qsvft.tuner import QSVFTLinear
 from qsvft.tuner.registration import QSVFT, register
 
 FORMS = [{"sides": "one", "pattern": "banded", "off_diagonals": 4}, {}]
@@ -136,3 +137,11 @@ def test_without_importing_qsvft_loading_raises_the_documented_key_error(llama, 
         [sys.executable, "-c", code, str(llama), str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "KeyError('QSVFT')"
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_peft_knows_how_the_base_is_quantised(llama, bits):
+    model = get_peft_model(qsvft.quantize(load(llama), 4) if bits == 4 else load(llama), QSVFTConfig(rank=4))
+    layer = next(module for module in model.modules() if isinstance(module, QSVFTLinear))
+    assert ("quantization_backend='bnb 4bit'" in repr(layer)) == (bits == 4)
+    assert f"in_features={layer.in_features}, out_features={layer.out_features}" in repr(layer)

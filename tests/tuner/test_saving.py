@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import qsvft
 from qsvft import QSVFTConfig
+from qsvft.tuner import QSVFTLinear
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -495,6 +497,27 @@ def test_a_disk_that_fills_up_midway_leaves_the_old_adapter_whole(llama, saved, 
     assert torch.equal(logits(again), saved[1])
 
 
+def test_a_shard_of_m_is_not_saved_in_its_place(llama, saved, adapter):
+    model = PeftModel.from_pretrained(base(llama), saved[0], is_trainable=True)
+    layer = next(module for module in model.modules() if isinstance(module, QSVFTLinear))
+    layer.qsvft_M["default"].weight.data = torch.zeros(3)
+    with pytest.raises(
+        ValueError, match=r"q_proj: M of adapter 'default' has shape \(3,\), expected \(\d+,\): .*Gather"
+    ):
+        model.save_pretrained(adapter)
+    again = PeftModel.from_pretrained(base(llama), adapter)
+    assert torch.equal(logits(again), saved[1])
+
+
+@contextmanager
+def killed_at_the_end(process):
+    """A process that is stopped would be waited for for ever where a test fails."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def test_a_process_killed_while_it_saves_in_a_loop_leaves_a_whole_adapter(llama, tmp_path):
     code = (
         "import sys, torch, qsvft, transformers\n"
@@ -507,7 +530,7 @@ def test_a_process_killed_while_it_saves_in_a_loop_leaves_a_whole_adapter(llama,
     )
     command = [sys.executable, "-c", code, str(llama), str(tmp_path / "adapter")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with process:
+    with process, killed_at_the_end(process):
         assert process.stdout.readline() == b"saved\n", process.stderr.read().decode()
         process.send_signal(signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
@@ -522,7 +545,6 @@ def test_a_process_killed_while_it_saves_in_a_loop_leaves_a_whole_adapter(llama,
             PeftModel.from_pretrained(qsvft.quantize(fresh, 4), copy)
             shutil.rmtree(copy)
             fresh = load(llama)
-        os.kill(process.pid, signal.SIGKILL)
     PeftModel.from_pretrained(base(llama), tmp_path / "adapter")
 
 
