@@ -607,7 +607,7 @@ MUTANTS = (
     Mutant(
         "NaN in M is saved",
         "tuner/adapter_file.py",
-        "    layer.check_finite(adapter)",
+        "    check_finite(layer.module_name, adapter, selected[key])",
         "    pass",
         ("tuner/test_doors.py",),
     ),
@@ -687,6 +687,27 @@ MUTANTS = (
         "    if biased:",
         "    if False:",
         ("tuner/test_biases.py",),
+    ),
+    Mutant(
+        "packed weights in a dtype of floats are read as numbers",
+        "storage/weights.py",
+        "and not tensor.is_meta and not packed:",
+        "and not tensor.is_meta:",
+        ("storage/test_quant_storage.py",),
+    ),
+    Mutant(
+        "packed weights are cut as if each element were a byte",
+        "storage/nf4_product.py",
+        "weight.data.view(torch.uint8).view(m, -1)",
+        "weight.data.view(m, -1)",
+        ("storage/test_quant_storage.py",),
+    ),
+    Mutant(
+        "a weight that FSDP gathered has no state",
+        "storage/nf4.py",
+        "    fix_4bit_weight_quant_state_from_module(layer)\n",
+        "",
+        ("storage/test_quant_storage.py",),
     ),
     Mutant(
         "a shard of M is saved in its place",

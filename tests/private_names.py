@@ -231,6 +231,12 @@ PRIVATE_NAMES = [
         _saved_in_4_bits,
     ),
     PrivateName(
+        "bitsandbytes.nn.modules.fix_4bit_weight_quant_state_from_module",
+        "storage/nf4.py",
+        "gives a weight back the state that it has not where FSDP gathered it, as Linear4bit's own forward does",
+        "a state that goes with the weight's bytes",
+    ),
+    PrivateName(
         "torch.ops.bitsandbytes.gemm_4bit",
         "memory/ledger.py",
         "the ledger counts the dense weight that the product makes inside of its kernel",

@@ -205,6 +205,18 @@ def test_two_processes_train_one_adapter_and_send_no_factor(llama):
     assert found["error_to_one_process"] < 1e-3
 
 
+def test_a_4_bit_base_that_fsdp_shards_trains_and_saves_the_adapter_of_one_process(llama, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(SCRIPTS / "train_sharded.py"), str(llama), str(tmp_path / "adapter")]
+    done = subprocess.run([*launcher, *script], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert found["sharded"] > found["trained"] == 14
+    assert found["error_to_one_process"] < 1e-5
+    loaded = PeftModel.from_pretrained(qsvft.quantize(load(llama, torch.float32), 4), tmp_path / "adapter")
+    assert sum(float(M.norm()) for M in coefficients(loaded).values()) == pytest.approx(found["size"])
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 def test_the_compiled_model_has_the_eager_loss_and_gradients_with_checkpointing(llama, form):

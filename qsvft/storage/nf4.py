@@ -20,6 +20,7 @@ import numpy
 import numpy.typing
 import torch
 from bitsandbytes.functional import QuantState
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -102,6 +103,17 @@ def nf4_codes(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
     size = _STRETCH if values.device.type == "cpu" else _LAUNCH
     codes, maxima = zip(*(_quantized(stretch, block) for stretch in values.split(size)), strict=True)
     return torch.cat(codes), torch.cat(maxima)
+
+
+def quant_state(layer: bnb.nn.Linear4bit) -> Any:
+    """The ``QuantState`` of a 4-bit layer's weight; where FSDP sharded that, the layer has it."""
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
+
+
+def packed_weight(layer: bnb.nn.Linear4bit) -> Tensor:
+    """A 4-bit layer's weight with its quantisation state, which FSDP leaves at the layer as it gathers the weight."""
+    fix_4bit_weight_quant_state_from_module(layer)
+    return layer.weight
 
 
 def dense_codes(codes: Tensor, absmax: Tensor, block: int, dtype: torch.dtype, kind: str = "nf4") -> Tensor:

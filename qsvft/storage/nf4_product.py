@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 
-from .nf4 import dense_codes
+from .nf4 import dense_codes, packed_weight
 from .stored_matrix import slices
 
 DENSE_BYTES = 32 * 2**20
@@ -32,15 +32,15 @@ class SlicedLinear4bit(bnb.nn.Linear4bit):
     """bitsandbytes' 4-bit layer, whose product is taken in slices where it trains a large weight on many tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._worth_slicing(x):
+        weight: Any = packed_weight(self)
+        if not self._worth_slicing(x, weight.quant_state):
             return super().forward(x)
         inner = x if self.compute_dtype is None else x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(inner.dtype)
-        y: Tensor = _SlicedProduct.apply(inner.reshape(-1, x.shape[-1]), self.weight, self.weight.quant_state, bias)
+        y: Tensor = _SlicedProduct.apply(inner.reshape(-1, x.shape[-1]), weight, weight.quant_state, bias)
         return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
-    def _worth_slicing(self, x: Tensor) -> bool:
-        state = self.weight.quant_state
+    def _worth_slicing(self, x: Tensor, state: QuantState | None) -> bool:
         # bitsandbytes settles a layer's compute dtype in its first forward.
         settled = self.compute_type_is_set or self.compute_dtype is not None
         if state is None or not settled or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -67,7 +67,7 @@ class _SlicedProduct(torch.autograd.Function):
         ctx.weight, ctx.state = weight, state
         m, n = state.shape
         y = x.new_empty(x.shape[0], m)
-        codes, absmax = weight.data.view(m, -1), block_maxima(state).view(m, -1)
+        codes, absmax = _codes(weight, m), block_maxima(state).view(m, -1)
         for rows in slices(m, n * x.element_size(), most=DENSE_BYTES):
             W = _dense(codes[rows], absmax[rows], state, x.dtype)
             torch.mm(x, W.t(), out=y[:, rows]) if bias is None else torch.addmm(bias[rows], x, W.t(), out=y[:, rows])
@@ -92,11 +92,16 @@ class _SlicedProduct(torch.autograd.Function):
 def _by_columns(weight: Tensor, state: QuantState, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(columns, W's dense part), one after the other."""
     m, n = state.shape
-    codes, absmax = weight.data.view(m, -1), block_maxima(state).view(m, -1)
+    codes, absmax = _codes(weight, m), block_maxima(state).view(m, -1)
     for columns in slices(n, m * dtype.itemsize, state.blocksize, DENSE_BYTES):
         packed = codes[:, columns.start // 2 : columns.stop // 2].contiguous()
         maxima = absmax[:, columns.start // state.blocksize : columns.stop // state.blocksize].contiguous()
         yield columns, _dense(packed, maxima, state, dtype)
+
+
+def _codes(weight: Tensor, m: int) -> Tensor:
+    """(m, n / 2) uint8, two a byte, whatever dtype the packed weight is stored in (``quant_storage``)."""
+    return weight.data.view(torch.uint8).view(m, -1)
 
 
 def block_maxima(state: QuantState) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .digests import tensor_bytes
+from .nf4 import packed_weight, quant_state
 from .shapes_only import shapes_only_active
 
 _UNIT_ROWS = 512
@@ -74,7 +75,8 @@ def check_weight(name: str, layer: nn.Module) -> None:
 def check_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse parameters that are no layer's weight, such as embeddings and norms, with NaN or Inf in them, by name."""
     for name, tensor in tensors:
-        if tensor.dtype in _FLOATS and not tensor.is_meta:
+        packed = isinstance(tensor, bnb.nn.Params4bit)  # in bytes that a dtype of floats may hold (quant_storage)
+        if tensor.dtype in _FLOATS and not tensor.is_meta and not packed:
             module, _, leaf = name.rpartition(".")
             _refuse_infinite(module or name, f"its {leaf}", tensor)
 
@@ -118,7 +120,8 @@ def dense_weight(layer: nn.Module) -> Tensor | None:
     if isinstance(layer, HeldLinear):
         return layer.dense_weight()
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        packed: Any = packed_weight(layer)
+        return bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
     if isinstance(layer, bnb.nn.Linear8bitLt):
         scale = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
         data = layer.weight.data if layer.weight.CB is None else layer.weight.CB
@@ -158,7 +161,8 @@ def product_without_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
         return layer.product(x)
     if isinstance(layer, bnb.nn.Linear4bit):
         inner = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
-        return bnb.matmul_4bit(inner, layer.weight, quant_state=layer.weight.quant_state).to(x.dtype)
+        weight: Any = packed_weight(layer)
+        return bnb.matmul_4bit(inner, weight, quant_state=weight.quant_state).to(x.dtype)
     if isinstance(layer, Conv1D):
         return x @ layer.weight
     if type(layer) is nn.Linear:
@@ -204,7 +208,7 @@ def describe_base(layer: nn.Module) -> dict[str, Any]:
         return layer.describe()
     weight = getattr(layer, "weight", None)
     if isinstance(layer, bnb.nn.Linear4bit):
-        state = layer.weight.quant_state
+        state = quant_state(layer)
         return {
             "bits": 4,
             "quant_type": state.quant_type,
@@ -228,7 +232,7 @@ def dense_dtype(layer: nn.Module) -> torch.dtype:
     if isinstance(layer, HeldLinear):
         return layer.dense_dtype
     if isinstance(layer, bnb.nn.Linear4bit):
-        return layer.weight.quant_state.dtype
+        return quant_state(layer).dtype
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.dtype

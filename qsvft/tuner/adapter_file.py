@@ -72,8 +72,8 @@ def _add_records(
     selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adapter: str, digests: FactorDigests
 ) -> Tensor:
     """The layer's digest, which is the last of them."""
-    layer.check_finite(adapter)
     pattern, key = layer.pattern(adapter), f"{name}.qsvft_M.{adapter}.weight"
+    check_finite(layer.module_name, adapter, selected[key])
     if tuple(selected[key].shape) != (pattern.count,):
         raise ValueError(
             f"{name}: M of adapter '{adapter}' has shape {tuple(selected[key].shape)}, expected ({pattern.count},): it "
