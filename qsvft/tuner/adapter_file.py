@@ -54,11 +54,14 @@ def add_records(
 
     Args:
         selected: M and probe of the layers; keys still carry the adapter's name, but for those of factors.
-        layers: with their names in the state dict.
+        layers: with their names in the state dict; one whose M is not selected is left out, as of a part of a state.
         adapter: its name.
         include_factors: whether it is to be self-contained.
         whole: the tensors of modules that are trained whole, by their names in the state dict.
     """
+    layers = [(name, layer) for name, layer in layers if m_key(name, adapter) in selected]
+    if not layers:
+        return
     factors = stored_factors((layer for _, layer in layers), adapter) if include_factors else {}
     digests = FactorDigests(split_factors(factors)[0], complete=include_factors)
     of_layers = {name: _add_records(selected, name, layer, adapter, digests) for name, layer in layers}
@@ -72,7 +75,7 @@ def _add_records(
     selected: dict[str, Tensor], name: str, layer: QSVFTLinear, adapter: str, digests: FactorDigests
 ) -> Tensor:
     """The layer's digest, which is the last of them."""
-    pattern, key = layer.pattern(adapter), f"{name}.qsvft_M.{adapter}.weight"
+    pattern, key = layer.pattern(adapter), m_key(name, adapter)
     check_finite(layer.module_name, adapter, selected[key])
     if tuple(selected[key].shape) != (pattern.count,):
         raise ValueError(
@@ -82,7 +85,8 @@ def _add_records(
         )
     selected[key] = selected[key].to(torch.float32)
     base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
-    found = {_M: selected[key], _PROBE: selected[f"{name}.qsvft_probe.{adapter}"], "qsvft_base": base}
+    probe = selected.setdefault(f"{name}.qsvft_probe.{adapter}", layer.qsvft_probe[adapter])
+    found = {_M: selected[key], _PROBE: probe, "qsvft_base": base}
     if isinstance(pattern, IndexPattern) and layer.settings[adapter].pattern == "top_k":
         entries = pattern.flat()
         found["qsvft_entries"] = entries if entries.is_meta else entries.cpu()
@@ -93,6 +97,11 @@ def _add_records(
     records = {leaf: tensor for leaf, tensor in found.items() if leaf in _RECORDS}
     selected |= {f"{name}.{leaf}.{adapter}": tensor for leaf, tensor in {**records, "qsvft_digest": digest}.items()}
     return digest
+
+
+def m_key(layer: str, adapter: str) -> str:
+    """M's name in a model's state."""
+    return f"{layer}.qsvft_M.{adapter}.weight"
 
 
 def _no_digest() -> Tensor:

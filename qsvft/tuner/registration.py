@@ -16,7 +16,7 @@ import functools
 import inspect
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..storage.json_files import read_object
 from ..storage.whole_folders import finish_saving, whole_folder
+from .adapter_file import PREFIX, m_key
 from .config import QSVFTConfig
 from .load_adapter import checked, has_read
-from .model import QSVFTModel
+from .model import QSVFTModel, named_layers
 from .peft_type import NAME, QSVFT
 from .removed import without_removed
 
@@ -63,8 +64,12 @@ def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
         configs = [self.peft_config[name] for name in names if isinstance(self.peft_config.get(name), QSVFTConfig)]
         if include_factors is not None:
             _check_include_factors(self, names, configs, include_factors, given)
+        if configs and len(configs) == len(names) and not given.get("is_main_process", True):
+            return None  # PEFT would select and digest a state that it does not write, and that may be a shard
         if not configs or not given.get("is_main_process", True) or os.path.isfile(save_directory):
             return save(self, save_directory, *args, **kwargs)
+        if (part := given.get("kwargs", {}).get("state_dict")) is not None:
+            _check_complete(self, names, part)
         before = [config.include_factors for config in configs]
         try:
             for config in configs:
@@ -78,6 +83,18 @@ def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
                 config.include_factors = value
 
     return save_pretrained
+
+
+def _check_complete(model: PeftModel, names: list[str], state: Mapping[str, Any]) -> None:
+    """Refuse to write a part of an adapter, which no one could load, over a whole one."""
+    for adapter in names:
+        layers = [name for name, _ in named_layers(model, adapter)]
+        if missing := [name for name in layers if m_key(name, adapter) not in state]:
+            raise ValueError(
+                f"save_pretrained(state_dict=...): it has M of {len(layers) - len(missing)} of the {len(layers)} "
+                f"layers of adapter '{adapter}', not of {missing[0].removeprefix(PREFIX)}; expected all. Give the "
+                "whole state, such as accelerator.get_state_dict(model), or leave state_dict out."
+            )
 
 
 def _check_include_factors(

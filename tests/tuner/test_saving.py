@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_models import coefficients, load, logits, randomize, same_tensors, save_llama, tokens
@@ -507,6 +507,29 @@ def test_a_shard_of_m_is_not_saved_in_its_place(llama, saved, adapter):
         model.save_pretrained(adapter)
     again = PeftModel.from_pretrained(base(llama), adapter)
     assert torch.equal(logits(again), saved[1])
+
+
+def test_a_state_of_what_trains_is_enough_to_save(llama, saved, adapter):
+    model = PeftModel.from_pretrained(base(llama), saved[0], is_trainable=True)
+    randomize(model, seed=77)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(adapter, state_dict=trained)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(llama), adapter)), logits(model))
+
+
+def test_a_part_of_a_state_is_selected_as_it_is_and_not_saved_over_a_whole_adapter(llama, saved, adapter):
+    model = PeftModel.from_pretrained(base(llama), saved[0], is_trainable=True)
+    whole, part = get_peft_model_state_dict(model), {k: v for k, v in model.state_dict().items() if "layers.1" in k}
+    found = get_peft_model_state_dict(model, state_dict=part)
+    assert set(found) == {key for key in whole if "layers.1" in key or key.endswith("qsvft_whole")}
+    assert all(torch.equal(found[key], whole[key]) for key in found if "layers.1" in key)
+    assert get_peft_model_state_dict(model, state_dict={}) == {}
+    with pytest.raises(
+        ValueError, match=r"has M of 7 of the 14 layers of adapter 'default', not of model\.layers\.0\."
+    ):
+        model.save_pretrained(adapter, state_dict=part)
+    model.save_pretrained(adapter, state_dict={}, is_main_process=False)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(llama), adapter)), saved[1])
 
 
 @contextmanager
