@@ -62,7 +62,7 @@ def from_pretrained(
 ) -> PeftModel:
     """Load a model ready for fine-tuning, without ever holding it dense.
 
-    A prepared directory loads as it is: nothing is quantised or decomposed, the factors are mapped into memory. Any
+    A prepared directory loads as it is: nothing is quantised or decomposed, the factors are read from its files. Any
     other checkpoint is prepared first, one matrix at a time, into a cache directory, and found there the next time;
     of several processes at once (``accelerate launch``) one prepares, and the others wait for it.
 

@@ -717,6 +717,34 @@ MUTANTS = (
         ("tuner/test_saving.py",),
     ),
     Mutant(
+        "a model is mapped from its prepared directory",
+        "checkpoint/prepared/quantizer.py",
+        "        own_tensors(model)",
+        "        pass",
+        ("test_overwritten_files.py",),
+    ),
+    Mutant(
+        "of an int8 weight a part is mapped from the file",
+        "storage/alignment.py",
+        "                tensor.CB = new",
+        "                pass",
+        ("test_overwritten_files.py",),
+    ),
+    Mutant(
+        "factors are mapped from their file",
+        "storage/factor_files.py",
+        "(rows, columns), rank).to(device, copy=True)",
+        "(rows, columns), rank).to(device)",
+        ("test_overwritten_files.py",),
+    ),
+    Mutant(
+        "an adapter's tensors are mapped from its file",
+        "tuner/adapter_file.py",
+        "others = {key: tensor.clone() for",
+        "others = {key: tensor for",
+        ("test_overwritten_files.py",),
+    ),
+    Mutant(
         "a shard of M is saved in its place",
         "tuner/adapter_file.py",
         "    if tuple(selected[key].shape) != (pattern.count,):",
@@ -999,8 +1027,8 @@ MUTANTS = (
     Mutant(
         "stored lengths of other directions",
         "storage/factor_files.py",
-        "return (s[:rank].to(device), rms.to(device))",
-        "return (s[-rank:].to(device), rms.to(device))",
+        "return (s[:rank].to(device, copy=True)",
+        "return (s[-rank:].to(device, copy=True)",
         ("storage/test_factor_files.py",),
     ),
     Mutant(
@@ -1575,27 +1603,6 @@ MUTANTS = (
         ("storage/test_tensor_writer.py",),
     ),
     Mutant(
-        "weights stay where another writer put them",
-        "checkpoint/prepared/quantizer.py",
-        "align_tensors(model)",
-        "pass",
-        ("anywhere/test_files.py",),
-    ),
-    Mutant(
-        "factors stay where another writer put them",
-        "storage/factor_files.py",
-        "return aligned(tensor)",
-        "return tensor",
-        ("storage/test_factor_files.py",),
-    ),
-    Mutant(
-        "an assigned M stays where another writer put it",
-        "tuner/adapter_file.py",
-        "others = {key: aligned(tensor) for key, tensor in others.items()}",
-        "pass",
-        ("anywhere/test_files.py",),
-    ),
-    Mutant(
         "numbers at odd addresses are left in a model in memory",
         "prepare.py",
         "align_tensors(model, odd_only=True)",
@@ -1612,7 +1619,7 @@ MUTANTS = (
     Mutant(
         "quantisation states stay where they lie",
         "storage/alignment.py",
-        '_align_attributes(state, ("absmax", "code", "offset"), odd_only)',
+        '_move_attributes(state, ("absmax", "code", "offset"), moved)',
         "pass",
         ("storage/test_alignment.py",),
     ),

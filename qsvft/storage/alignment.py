@@ -1,7 +1,9 @@
-"""The weights of a model at addresses to compute with; see :mod:`qsvft.maths.aligned`."""
+"""The tensors of a model in memory of its own, and at addresses to compute with; see :mod:`qsvft.maths.aligned`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,17 +18,33 @@ def align_tensors(model: nn.Module, odd_only: bool = False) -> None:
         model: changed in place; what lies well is not copied.
         odd_only: leave what a processor can read where it is, see :func:`~qsvft.maths.aligned.aligned`.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if (moved := aligned(tensor.data, odd_only)).data_ptr() != tensor.data_ptr():
-            tensor.data = moved
-        _align_attributes(tensor, ("SCB",), odd_only)
+    _move(model, partial(aligned, odd_only=odd_only))
+
+
+def own_tensors(model: nn.Module) -> None:
+    """Copy the same from where a file is mapped into memory: who writes into the file must not change the model.
+
+    Args:
+        model: changed in place, one tensor after the other; what is on a card is a copy already.
+    """
+    _move(model, lambda tensor: tensor.clone() if tensor.device.type == "cpu" else tensor)
+
+
+def _move(model: nn.Module, moved: Callable[[Tensor], Tensor]) -> None:
+    every: tuple[Any, ...] = (*model.parameters(), *model.buffers())
+    for tensor in every:
+        if (new := moved(tensor.data)).data_ptr() != tensor.data_ptr():
+            tensor.data = new
+            if getattr(tensor, "CB", None) is not None:  # of an int8 weight: the same rows again
+                tensor.CB = new
+        _move_attributes(tensor, ("SCB",), moved)
         state: Any = getattr(tensor, "quant_state", None)
         while state is not None:
-            _align_attributes(state, ("absmax", "code", "offset"), odd_only)
+            _move_attributes(state, ("absmax", "code", "offset"), moved)
             state = state.state2
 
 
-def _align_attributes(holder: Any, names: tuple[str, ...], odd_only: bool) -> None:
+def _move_attributes(holder: Any, names: tuple[str, ...], moved: Callable[[Tensor], Tensor]) -> None:
     for name in names:
         if isinstance(value := getattr(holder, name, None), Tensor):
-            setattr(holder, name, aligned(value, odd_only))
+            setattr(holder, name, moved(value))

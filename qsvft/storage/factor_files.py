@@ -1,7 +1,7 @@
 """Factors read from safetensors files, where they would have to be computed; see :mod:`qsvft.storage.factor_names`.
 
-On the CPU they are the file's memory-mapped pages, or copies where those lie at no address to compute with
-(:mod:`qsvft.maths.aligned`). Everything read is treated as hostile until it is checked.
+They are copies, on the CPU as well: who writes into the file must not change a model. Everything read is treated as
+hostile until it is checked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from ..maths.aligned import aligned
 from ..maths.updates import bounded_inverse
 from .basis_key import BasisKey
 from .factor_names import LENGTHS, PARTS, RESIDUAL, SCALE, SKETCH, FactorName, parse_name
@@ -37,7 +36,7 @@ class FactorSource(Protocol):
 
 
 class FactorFiles:
-    """The factors in safetensors files. It can be copied and pickled: it holds no tensor.
+    """The factors in safetensors files. It can be pickled: it holds no tensor; it never changes, and is its own copy.
 
     Args:
         files: the file that holds it, for each tensor's name; names that are no factor's are passed over.
@@ -63,6 +62,9 @@ class FactorFiles:
     def from_file(cls, path: str | os.PathLike[str]) -> FactorFiles:
         """Those of a single file, whatever else it holds; see :meth:`TensorFiles.from_file`."""
         return cls(TensorFiles.from_file(path).paths)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> FactorFiles:
+        return self  # transformers copies a quantiser, which has this, for each tensor that it loads
 
     def __iter__(self) -> Iterator[FactorName]:
         return iter(self._stored)
@@ -95,7 +97,7 @@ class FactorFiles:
             key: the basis's key.
             rank: k.
             size: n, the length of a direction.
-            device: where it is put; on the CPU nothing is copied that :func:`~qsvft.maths.aligned.aligned` leaves.
+            device: where it is put.
 
         Returns:
             None if there is no such basis, or it has fewer directions.
@@ -111,7 +113,7 @@ class FactorFiles:
         parts: dict[str, Tensor] = {}
         for name in names:
             dtype, columns = _layout(bits, name.part, size)
-            parts[name.part] = self._checked(name, dtype, (rows, columns), rank).to(device)
+            parts[name.part] = self._checked(name, dtype, (rows, columns), rank).to(device, copy=True)
         return StoredBasis(StoredMatrix(bits, size, parts)) if rows >= rank else None
 
     def lengths(self, layer: str, key: BasisKey, rank: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
@@ -131,7 +133,7 @@ class FactorFiles:
         for name, value in zip(names, (s, rms), strict=True):
             if bool((value < 0).any()):
                 self._refuse(name, "negative in places", "lengths of at least 0")
-        return (s[:rank].to(device), rms.to(device)) if rows >= rank else None
+        return (s[:rank].to(device, copy=True), rms.to(device, copy=True)) if rows >= rank else None
 
     def scale(self, layer: str, key: BasisKey, rank: int, device: torch.device) -> Tensor | None:
         """The stored scale of an adapter, or :func:`~qsvft.maths.updates.bounded_inverse` of the stored lengths.
@@ -144,7 +146,7 @@ class FactorFiles:
         """
         name = FactorName(layer, key, SCALE)
         if name in self._stored:
-            return self._checked(name, torch.float32, (rank,)).to(device)
+            return self._checked(name, torch.float32, (rank,)).to(device, copy=True)
         lengths = self.lengths(layer, key, rank, device)
         return None if lengths is None else bounded_inverse(*lengths)
 
@@ -154,7 +156,7 @@ class FactorFiles:
         Raises:
             ValueError: it is not there, of another dtype or shape, NaN or Inf.
         """
-        return self._checked(FactorName(layer, key, RESIDUAL), torch.float32, (rank,)).to(device)
+        return self._checked(FactorName(layer, key, RESIDUAL), torch.float32, (rank,)).to(device, copy=True)
 
     def sketch(self, layer: str, key: BasisKey, size: int) -> Tensor:
         """The fingerprint of a layer's weight that an adapter's file holds, (size,) fp32.
@@ -197,7 +199,7 @@ class FactorFiles:
         tensor = tensor if rows is None else tensor[:rows]
         if tensor.is_floating_point() and not all_finite(tensor):
             self._refuse(name, "NaN or Inf in places", "finite numbers")
-        return aligned(tensor)
+        return tensor
 
     def _refuse(self, name: FactorName, found: str, expected: str) -> NoReturn:
         stored = self._stored[name]

@@ -15,6 +15,7 @@ from ..maths.decomposition import EXACT, Decomposer, Sides, decompose, small_sid
 from .stored_matrix import StoredMatrix
 
 _STRETCH = 2**23  # entries, 64 MiB in fp64; each stretch reads the whole basis
+_CACHED = 2**18  # entries, 2 MiB in fp64: read again from a processor's cache, four times as fast
 
 
 class StoredBasis(nn.Module, Basis):
@@ -89,7 +90,7 @@ def frobenius_norm(weight: Tensor) -> Tensor:
     """|W|_F, a scalar in fp64, summed a stretch of rows at a time."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     if not weight.is_meta:
-        for part in stretches(weight, torch.float64, _STRETCH):
+        for part in stretches(weight, torch.float64, _CACHED):
             total = torch.hypot(total, torch.linalg.vector_norm(part))
     return total
 

@@ -27,7 +27,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..maths.aligned import aligned
 from ..maths.patterns import IndexPattern
 from .adapter_digest import layer_digest, layer_digest_before, whole_digest, whole_digest_before
 from .config import QSVFTConfig
@@ -122,7 +121,8 @@ class AdapterReader:
         self._from_before = False
         factors, others = split_factors(state_dict)
         self.digests = FactorDigests(factors, complete=config.include_factors)
-        others = {key: aligned(tensor) for key, tensor in others.items()}  # who assigns them computes with them
+        # PEFT maps them from the file, and who assigns them computes with them.
+        others = {key: tensor.clone() for key, tensor in others.items()}
         self.records = {k: v for k, v in others.items() if k.rsplit(".", 1)[-1] in _RECORDS}
         self.parameters = {with_coefficients(k): v for k, v in others.items() if k not in self.records}
 

@@ -10,8 +10,7 @@ import torch
 from peft import PeftModel
 from placed import OFFSETS, place_data
 from safetensors.torch import load_file, save_file
-from small_models import coefficients, load, logits, randomize, same_tensors, save_llama, state
-from stored_models import factors_in
+from small_models import coefficients, load, logits, randomize, same_tensors, state
 from transformers import AutoModelForCausalLM
 
 import qsvft
@@ -164,18 +163,3 @@ def test_every_written_tensor_lies_at_a_multiple_of_64_or_of_its_own_divisor(lla
             begin, end = entry["data_offsets"]
             assert (8 + length + begin) % sizes[entry["dtype"]] == 0, name
             assert (end - begin) % 64 or (8 + length + begin) % 64 == 0, name
-
-
-@pytest.mark.parametrize("options", [{}, {"factor_bits": 16}, ONE_SIDED], ids=str)
-def test_factors_of_whole_lines_are_the_files_own_pages(tmp_path, options):
-    """Read twice they are the same memory: nothing is copied of a directory that was prepared."""
-    source = save_llama(tmp_path / "source", num_hidden_layers=1)
-    files = factors_in(prepared(source, tmp_path / "prepared", **options))
-    tensors = files.tensors()
-    whole = [name for name in files if name.of_basis and str(name).endswith((".values", ".codes"))]
-    assert whole
-    for name in whole:
-        k, n = tensors[str(name)].shape
-        first, second = (files.basis(name.layer, name.key, k, n, torch.device("cpu")) for _ in range(2))
-        for one, other in zip(first.buffers(), second.buffers(), strict=True):
-            assert one.data_ptr() == other.data_ptr()

@@ -6,7 +6,7 @@
 
 The weights are bitsandbytes' and go through transformers' own integration of it. The factors are further
 tensors of the same files (:mod:`qsvft.storage.factor_files`), which the loader passes over: adapters read those that
-they need, memory-mapped, when they are attached. The format is written down in ``docs/prepared-format.md``.
+they need, when they are attached. All is copied from the files. ``docs/prepared-format.md`` has the format.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from ...storage.alignment import align_tensors
+from ...storage.alignment import own_tensors
 from ...storage.factor_files import FactorFiles
 from ...storage.quantization import BITS, disable_cpu_repacking, linear_names
 from ...storage.residual import ResidualLinear
@@ -138,7 +138,7 @@ class PreparedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         prepared = open_prepared(_folder(model.name_or_path, kwargs.get("checkpoint_files")))
         prepared.check()
-        self.folder, self._stored = prepared.folder, prepared.files.paths
+        self.folder, self._files = prepared.folder, FactorFiles(prepared.files.paths)
         held = {name: _quantised_shape(prepared, model, name) for name in linear_names(model)}
         _check_shapes(prepared, model, held)
         # Another class may have linear layers that the directory does not: a fresh head is no layer of 4 bits.
@@ -152,8 +152,8 @@ class PreparedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         result = super()._process_model_after_weight_loading(model, **kwargs)
-        files, config = FactorFiles(self._stored), self.quantization_config
-        align_tensors(model)  # mapped from files that another writer may have written
+        files, config = self._files, self.quantization_config
+        own_tensors(model)
         _settle(model, config)
         if config.adapter.get("residual"):
             _add_directions(model, files, config)
