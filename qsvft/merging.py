@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
 from .checkpoint.making.streaming import companions
 from .checkpoint.prepared.record import prepared_record
-from .checkpoint.source.architecture import load_base
+from .checkpoint.source.architecture import load_base, read_config
 from .storage.quantization import quantize
 from .storage.whole_files import check_folder_writable
 from .storage.whole_folders import SAVING, finish_saving, whole_folder
@@ -75,7 +74,7 @@ def _check_empty(folder: Path) -> None:
 
 def _base(base: str | os.PathLike[str], config: QSVFTConfig, device_map: Any, progress: bool) -> Any:
     """The base model, quantised."""
-    read = AutoConfig.from_pretrained(base)
+    read = read_config(base)
     brought = [name.rpartition(".")[2] for name in config.modules_to_save or ()]
     model = load_base(read, base, brought, dtype="auto", device_map=device_map)
     if prepared_record(read) is not None:

@@ -745,6 +745,27 @@ MUTANTS = (
         ("test_overwritten_files.py",),
     ),
     Mutant(
+        "an index leads transformers to another prepared directory",
+        "checkpoint/prepared/quantizer.py",
+        "    if len(folders) > 1 or (own.is_dir() and not min(folders).is_relative_to(own)):",
+        "    if False:",
+        ("test_foreign_code.py",),
+    ),
+    Mutant(
+        "an index leads a merge elsewhere",
+        "checkpoint/source/architecture.py",
+        "        read_index(index)  # transformers would go where it points",
+        "        pass",
+        ("test_foreign_code.py",),
+    ),
+    Mutant(
+        "code that comes with a checkpoint is run",
+        "checkpoint/source/architecture.py",
+        "        return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)",
+        "        return AutoConfig.from_pretrained(path_or_id, trust_remote_code=True)",
+        ("test_foreign_code.py",),
+    ),
+    Mutant(
         "a shard of M is saved in its place",
         "tuner/adapter_file.py",
         "    if tuple(selected[key].shape) != (pattern.count,):",

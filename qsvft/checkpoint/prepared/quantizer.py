@@ -12,6 +12,7 @@ they need, when they are attached. All is copied from the files. ``docs/prepared
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -202,6 +203,13 @@ def _folder(name: str, files: Sequence[str] | None) -> Path:
         raise ValueError(
             f"{name or 'the model'}: found a state dict, expected the files of a prepared directory, {SINGLE_NAME} or "
             f"{INDEX_NAME}: the factors are beside the weights. Load it by its path: from_pretrained(directory)."
+        )
+    folders = {Path(os.path.abspath(file)).parent for file in files}
+    own = Path(os.path.abspath(name))
+    if len(folders) > 1 or (own.is_dir() and not min(folders).is_relative_to(own)):
+        raise ValueError(
+            f"{Path(name) / INDEX_NAME}: it names files in {', '.join(map(str, sorted(folders)))}, expected the plain "
+            "names of files in the same folder. Do not use this directory, or correct the index."
         )
     return Path(files[0]).parent
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ...storage.left_dense import under
+from ...storage.tensor_index import INDEX_NAME, read_index
 from .checkpoint import Checkpoint
 from .index import CONFIG
 from .renames import dtype_pattern
@@ -67,11 +69,14 @@ def load_base(
         **options: as in transformers' ``from_pretrained``.
 
     Raises:
-        ValueError: weights are missing, which transformers would make up.
+        ValueError: weights are missing, which transformers would make up; the index places some elsewhere.
     """
+    index = Path(path_or_id, INDEX_NAME)
+    if index.is_file():
+        read_index(index)  # transformers would go where it points
     names = getattr(config, "architectures", None) or []
     cls: Any = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
-    model, report = cls.from_pretrained(path_or_id, output_loading_info=True, **options)
+    model, report = cls.from_pretrained(path_or_id, output_loading_info=True, trust_remote_code=False, **options)
     missing = sorted(key for key in report["missing_keys"] if not under(key, brought))
     if missing:
         raise ValueError(
@@ -82,17 +87,20 @@ def load_base(
     return model
 
 
-def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+def read_config(path_or_id: str | os.PathLike[str]) -> PretrainedConfig:
     """The config of a checkpoint; code that comes with it is not run.
 
     Raises:
+        OSError: there is no such hub id, or it cannot be reached.
         ValueError: transformers cannot read it.
     """
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except Exception as error:  # a config's values are checked by each model's own code
+        if isinstance(error, OSError) and not os.path.isdir(path_or_id):
+            raise
         raise ValueError(
-            f"{checkpoint.folder / CONFIG}: transformers {transformers.__version__} cannot read it "
+            f"{Path(path_or_id, CONFIG)}: transformers {transformers.__version__} cannot read it "
             f"({_first_line(error)}). Expected the config of a model that is part of transformers: custom code "
             "(auto_map) is not run. Upgrade transformers if it is a newer model."
         ) from error
@@ -113,7 +121,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Pre
         ValueError: what :func:`model_class` and :func:`read_config` refuse, a dtype that is no floating-point one, or a
             config of which transformers cannot build a model.
     """
-    config = read_config(checkpoint)
+    config = read_config(checkpoint.folder)
     _check_layers(config, checkpoint)
     cls = model_class(config)
     chosen = dtype if dtype is not None else _own_dtype(config, checkpoint)
