@@ -19,6 +19,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -34,11 +35,12 @@ from transformers.utils import logging
 from .cross_entropy import Rows, chunked_cross_entropy
 from .deferred_logits import DeferredLogits, HeadCall, true_logits
 from .disguise import disguised, undisguised
+from .lent import lent
 
 logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
-_ABSENT = object()
+_deferring_head: ContextVar[Any] = ContextVar("the head whose logits this forward defers", default=None)
 
 
 def enable_chunked_loss(model: Model) -> Model:
@@ -166,29 +168,26 @@ def _deferring(model: Any) -> Iterator[None]:
     The head's hooks run as always and see the true hidden states: only what its forward does is replaced.
     """
     head = model.get_output_embeddings()
-    forward, linear = head.forward, _linear(head)
 
-    def deferred(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if len(args) == 1 and not kwargs else None
-        if isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.dim() > 1:
-            return DeferredLogits(HeadCall(hidden, head, forward, linear))
-        return forward(*args, **kwargs)
+    def make_deferred() -> Any:
+        forward, linear = head.forward, _linear(head)
 
-    with _attribute(head, "forward", deferred), _attribute(model, "_loss_function", _loss):
-        yield
+        def deferred(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if len(args) == 1 and not kwargs else None
+            mine = _deferring_head.get() is head  # and no forward of another thread
+            if mine and isinstance(hidden, Tensor) and hidden.is_floating_point() and hidden.dim() > 1:
+                return DeferredLogits(HeadCall(hidden, head, forward, linear))
+            return forward(*args, **kwargs)
 
+        return deferred
 
-@contextmanager
-def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    before = vars(module).get(name, _ABSENT)
-    vars(module)[name] = value
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            del vars(module)[name]
-        else:
-            vars(module)[name] = before
+    # The loss function takes whole logits as well.
+    with lent(head, "forward", make_deferred), lent(model, "_loss_function", lambda: _loss):
+        token = _deferring_head.set(head)
+        try:
+            yield
+        finally:
+            _deferring_head.reset(token)
 
 
 def _loss(

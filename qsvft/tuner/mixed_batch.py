@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .adapted import AdaptedLinear
 
 BASE = "__base__"
+_call: ContextVar[object] = ContextVar("the call whose rows have adapters of their own", default=None)
 Rows = Tensor | None
 """The rows of a batch that an adapter is for; None for all of them."""
 
@@ -70,16 +72,24 @@ def mixed_batch(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
     get_encoder = getattr(model, "get_encoder", None) if beams > 1 else None
     encoder = get_encoder() if get_encoder is not None else None
     unrepeated = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not model else set()
+    call, own = object(), _call.get()
     with ExitStack() as hooks:
+        hooks.callback(_call.set, own)
+        _call.set(call)
         for module in model.modules():
             if isinstance(module, (AdaptedLinear, AuxiliaryTrainingWrapper)):
                 for_rows = names if module in unrepeated else [name for name in names for _ in range(beams)]
-                handle = module.register_forward_pre_hook(partial(_hand_over, for_rows), with_kwargs=True)
+                handle = module.register_forward_pre_hook(partial(_hand_over, call, for_rows), with_kwargs=True)
                 hooks.callback(handle.remove)
         yield
 
 
-def _hand_over(names: Sequence[str], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _hand_over(
+    call: object, names: Sequence[str], _: nn.Module, args: Any, kwargs: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]] | None:
+    """Of a forward in this call; the hooks are seen by those of other threads as well, sometimes without their kind."""
+    if kwargs is None or not (torch.compiler.is_compiling() or _call.get() is call):
+        return None
     return args, {**kwargs, "adapter_names": names}
 
 
