@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # mkdocs-material's notice about a release of MkDocs that constraints.txt does not take.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs pictures mutants peft-suite fuzz kills test-floor clean
+.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs pictures mutants peft-suite attacks fuzz kills test-floor clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/finetune.py
@@ -53,6 +53,10 @@ pictures: $(VENV)/installed
 
 mutants: $(VENV)/installed
 	$(BIN)/python tests/mutants.py
+
+# What an enemy or a fault would do to files, and what is said of it; they are among the tests as well.
+attacks: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -W ignore tests/attacks/run_attacks.py
 
 # Ten times as many damaged files as the tests read; some twenty minutes.
 fuzz: $(VENV)/installed

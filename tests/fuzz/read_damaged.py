@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from damage import damaged
 from doors import doors
 from rich.progress import track
+from transformers.utils.logging import disable_progress_bar
 
 
 def cases(first: int, count: int, place: Path, only: str = "") -> Iterator[tuple[int, str, str, str | None]]:
@@ -34,6 +36,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="prepared, adapter or checkpoint")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
     wrong = 0
     with tempfile.TemporaryDirectory() as place:
         found = cases(options.first, options.count, Path(place), options.only)

@@ -1,0 +1,16 @@
+"""The base that is merged into has no head: transformers would make one up at random."""
+
+from pathlib import Path
+
+from scene import adapter, answer, change, checkpoint
+
+from qsvft.merging import merge_adapter
+
+REFUSED = "lacks 1 tensors of LlamaForCausalLM, such as lm_head.weight"
+
+
+def attack(place: Path) -> str:
+    """What is said of it."""
+    folder, base = adapter(place), checkpoint(place)
+    change(base / "model.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
+    return answer(lambda: merge_adapter(folder, place / "merged", base=base, progress=False))
