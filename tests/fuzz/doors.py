@@ -54,7 +54,9 @@ class Door:
 
 
 _WHERE = re.compile(
-    r"\.json|\.safetensors|quantization_config|QSVFTConfig\.|layers\.\d|modules?\b|adapter|task type", re.I
+    r"\.json|\.safetensors|quantization_config|QSVFTConfig\.|layers\.\d|lm_head|embed_tokens|norm\b"
+    r"|modules?\b|adapter|task type",
+    re.I,
 )
 
 

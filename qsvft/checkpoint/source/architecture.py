@@ -57,6 +57,10 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
+_OF_VALUES = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What a model's own code raises for values in a config that it did not foresee."""
+
+
 def load_base(
     config: PretrainedConfig | None, path_or_id: str | os.PathLike[str], brought: Collection[str] = (), **options: Any
 ) -> Any:
@@ -69,14 +73,21 @@ def load_base(
         **options: as in transformers' ``from_pretrained``.
 
     Raises:
-        ValueError: weights are missing, which transformers would make up; the index places some elsewhere.
+        ValueError: weights are missing, which transformers would make up; the index places some elsewhere; a config
+            holds values that make no model.
     """
     index = Path(path_or_id, INDEX_NAME)
     if index.is_file():
         read_index(index)  # transformers would go where it points
-    names = getattr(config, "architectures", None) or []
-    cls: Any = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
-    model, report = cls.from_pretrained(path_or_id, output_loading_info=True, trust_remote_code=False, **options)
+    cls: Any = getattr(transformers, _class_name(config), AutoModelForCausalLM)
+    try:
+        model, report = cls.from_pretrained(path_or_id, output_loading_info=True, trust_remote_code=False, **options)
+    except _OF_VALUES as error:
+        raise ValueError(
+            f"{path_or_id}: transformers {transformers.__version__} makes no {cls.__name__} of its {CONFIG} and "
+            f"generation_config.json ({type(error).__name__}: {_first_line(error)}). One of them seems damaged: copy "
+            "or download the checkpoint again."
+        ) from error
     missing = sorted(key for key in report["missing_keys"] if not under(key, brought))
     if missing:
         raise ValueError(
@@ -85,6 +96,11 @@ def load_base(
             "download the checkpoint again, or save it from the class that it is to be loaded as."
         )
     return model
+
+
+def _class_name(config: PretrainedConfig | None) -> str:
+    names = getattr(config, "architectures", None) or [""]
+    return str(names[0]) if isinstance(names, (list, tuple)) else ""
 
 
 def read_config(path_or_id: str | os.PathLike[str]) -> PretrainedConfig:

@@ -380,3 +380,25 @@ def test_info_refuses_an_adapter_with_nan(streamed, tmp_path):
     save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, path, {"format": "pt"})
     result = info(tmp_path / "adapter")
     assert result.exit_code == 2 and "NaN or Inf" in result.output and "adapter_model.safetensors" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("generation_config.json", {"pad_token_id": "x"}),
+        ("generation_config.json", {"pad_token_id": {}}),
+        ("config.json", {"architectures": [0.5]}),
+        ("config.json", {"architectures": 3}),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_model_are_refused_with_the_files_that_may_have_them(streamed, tmp_path, name, fields):
+    folder = shutil.copytree(streamed, tmp_path / "folder")
+    found = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    (folder / name).write_text(json.dumps({**found, **fields}))
+    try:
+        model = qsvft.from_pretrained(folder, progress=False)
+    except ValueError as error:
+        assert str(folder) in str(error) and ".json" in str(error)  # noqa: PT017
+    else:  # an unknown class is no class
+        assert type(model.get_base_model()).__name__ == "LlamaForCausalLM"
