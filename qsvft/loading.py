@@ -185,7 +185,7 @@ def _load(
     record = prepared_record(read) or {}
     _check_bits(path_or_id, bits, record)
     if record and os.path.isdir(path_or_id):
-        PreparedConfig(**record)  # of a version that this one reads
+        _check_record(path_or_id, record)
         check_config(path_or_id)  # before a model is built of it
     model = load_base(read, path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub)
     return model, record
@@ -226,6 +226,14 @@ def _fixed(record: dict[str, Any]) -> dict[str, Any]:
     """Of the options that a directory was prepared for those that a recommendation must know."""
     usual, changed = QSVFTConfig().factor_options(), {step.option for step in STEPS}
     return {name: value for name, value in recorded_options(record).items() if name in changed or value != usual[name]}
+
+
+def _check_record(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Refuse the record of a version that this one does not read, or none at all."""
+    try:
+        PreparedConfig(**record)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(folder, 'config.json')}: {error}") from error
 
 
 def _check_bits(name: str | os.PathLike[str], bits: int | None, record: dict[str, Any]) -> None:

@@ -41,8 +41,13 @@ def recorded_fields(adapter: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a :class:`~qsvft.QSVFTConfig` in a record's ``adapter``.
 
     Raises:
-        ValueError: an option that this version does not have.
+        ValueError: an option that this version does not have, or no such fields at all.
     """
+    if not isinstance(adapter, Mapping):
+        raise ValueError(
+            f"{where}: found adapter = {adapter!r:.80}, expected an object with the fields of a QSVFTConfig. It is "
+            "damaged: copy the directory again, or prepare the checkpoint again."
+        )
     return without_removed(adapter, where, "Use the version that made it, or prepare the checkpoint again.")
 
 

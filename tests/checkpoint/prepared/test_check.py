@@ -389,6 +389,9 @@ def test_info_refuses_an_adapter_with_nan(streamed, tmp_path):
         ("generation_config.json", {"pad_token_id": {}}),
         ("config.json", {"architectures": [0.5]}),
         ("config.json", {"architectures": 3}),
+        ("config.json", {"quantization_config": {"quant_method": "qsvft", "bits": 4, "adapter": "x"}}),
+        ("config.json", {"quantization_config": {"quant_method": "qsvft", "bits": 4, "adapter": [1]}}),
+        ("config.json", {"quantization_config": {"quant_method": "qsvft", "bits": 4, "skip_modules": 3}}),
     ],
     ids=str,
 )
