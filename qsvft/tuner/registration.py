@@ -5,9 +5,10 @@ PEFT's own ``register_peft_method`` does it, once the method has its member of `
 
 Of PEFT's functions these are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
 ``include_factors=`` (and would pass over it); a config remembers where it was read, because PEFT hands an adapter's
-config on without saying so; and options that are gone are refused, which PEFT would leave out with a warning. So is
-one of transformers', ``load_adapter`` (:mod:`.load_adapter`). What reads ``adapter_config.json``, before anyone knows
-whose adapter it is, says of a damaged one which file it is.
+config on without saying so; options that are gone are refused, which PEFT would leave out with a warning; and so is a
+file that lacks what its config trains whole, by its name. One of transformers' is as well, ``load_adapter``
+(:mod:`.load_adapter`). What reads ``adapter_config.json``, before anyone knows whose adapter it is, says of a damaged
+one which file it is.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def register() -> None:
     PeftConfigMixin.from_json_file = classmethod(_of_a_whole_file(PeftConfigMixin.from_json_file.__func__))
     PeftConfigMixin._get_peft_type = classmethod(_of_a_known_type(PeftConfigMixin._get_peft_type.__func__))
     PeftConfigMixin.from_peft_type = classmethod(_of_this_version(PeftConfigMixin.from_peft_type.__func__))
+    PeftModel.load_adapter = _of_a_whole_state(PeftModel.load_adapter)
     PeftAdapterMixin.load_adapter = checked(PeftAdapterMixin.load_adapter)
 
 
@@ -141,6 +143,26 @@ def _of_a_whole_file(read: Callable[..., Any]) -> Callable[..., Any]:
         return read(cls, path_json_file, **kwargs)
 
     return from_json_file
+
+
+def _of_a_whole_state(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.load_adapter``, which says what the file lacks of that which its config trains whole."""
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        except KeyError as error:
+            if not isinstance(self.peft_config.get(adapter_name), QSVFTConfig):
+                raise
+            for _, layer in named_layers(self, adapter_name):
+                layer.refuse(adapter_name)
+            raise ValueError(
+                f"{model_id}: the adapter's file has no {error.args[0]}, which its config wants (modules_to_save, "
+                "trainable_token_indices); it is incomplete, or the config was changed. Copy or save the adapter again."
+            ) from error
+
+    return load_adapter
 
 
 def _of_a_known_type(read: Callable[..., Any]) -> Callable[..., Any]:

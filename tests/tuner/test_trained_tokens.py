@@ -1,5 +1,7 @@
 """Rows of the embeddings that train beside M, and embeddings and head that stay one weight."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -53,6 +55,15 @@ def test_what_trains_of_the_embeddings_is_saved_loaded_and_merged(folder, tmp_pa
     assert float((logits(merged) - expected).norm()) < 0.05 * float(expected.norm())  # M's part is rounded to bf16
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+
+
+@pytest.mark.parametrize("changed", [{"trainable_token_indices": [1]}, {"modules_to_save": ["norm"]}], ids=str)
+def test_a_file_without_what_its_config_trains_is_refused(folder, tmp_path, changed):
+    trained(folder, steps=1).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(ValueError, match=r"the adapter's file has no .*which its config wants"):
+        PeftModel.from_pretrained(qsvft.quantize(load(folder), 4, progress=False), tmp_path)
 
 
 def test_only_the_rows_that_are_named_change_and_the_head_s_with_them_where_it_is_tied(folder):
