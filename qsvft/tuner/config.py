@@ -67,6 +67,11 @@ def _is_list(value: Any) -> bool:
     return value is None or (not isinstance(value, str) and _strings(value))
 
 
+def _is_record(value: Any) -> bool:
+    weights = value.get("weights", []) if isinstance(value, dict) else None
+    return value is None or (isinstance(weights, list) and all(isinstance(one, dict) for one in weights))
+
+
 ALL_LINEAR = "all-linear"
 DENSE_RANK = 128
 """k of a dense M where none is given."""
@@ -260,6 +265,8 @@ class QSVFTConfig(PeftConfig):
 
     def _validate(self) -> None:
         """Every option by its declaration, those with a default that depends on others, and what goes together."""
+        if not _is_record(self.base):
+            _refuse("base", self.base, "what the library filled in of the base's weights, or None")
         for name, one in OPTIONS.items():
             if one.kind is NAMES and not _is_names(getattr(self, name)):
                 _refuse(name, getattr(self, name), "strings")

@@ -183,3 +183,9 @@ def test_a_file_that_is_not_json_is_refused_by_its_path(tmp_path, content):
 @pytest.mark.parametrize("said", [None, "all-linear", "ALL-LINEAR", "All-Linear"])
 def test_all_linear_is_read_as_peft_reads_it(said):
     assert QSVFTConfig(target_modules=said).target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("base", ["x", 3, [], {"weights": "x"}, {"weights": ["x"]}, {"weights": [[]]}], ids=str)
+def test_a_record_of_the_base_that_is_none_is_refused(base):
+    with pytest.raises(ValueError, match=r"QSVFTConfig\.base: expected what the library filled in"):
+        QSVFTConfig(base=base)
