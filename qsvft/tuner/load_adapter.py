@@ -71,6 +71,14 @@ def checked(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_adapter
 
 
+def lacking(where: object, error: KeyError) -> ValueError:
+    """In place of PEFT's KeyError: an adapter's tensors lack what its config trains whole."""
+    return ValueError(
+        f"{where}: the adapter's file has no {error.args[0]}, which its config wants (modules_to_save, "
+        "trainable_token_indices); it is incomplete, or the config was changed. Copy or save the adapter again."
+    )
+
+
 def _load(
     model: Any, config: QSVFTConfig, name: str, tensors: Mapping[str, Tensor] | None, trainable: bool
 ) -> LoadStateDictInfo:
@@ -84,8 +92,10 @@ def _load(
             tensors = load_peft_weights(directory, device="cpu", subfolder=subfolder, **options)
         # A model that is no PeftModel has no such prefix, and PEFT looks up modules_to_save by its own names.
         set_peft_model_state_dict(model, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}, name)
-    except BaseException:
+    except BaseException as error:
         model.delete_adapter(name)
+        if isinstance(error, KeyError):
+            raise lacking("load_adapter()", error) from error
         raise
     if not trainable:
         model.eval()

@@ -104,7 +104,8 @@ def _check(model: nn.Module, names: Any) -> None:
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Expected in adapter_names= some of "
             f"{sorted(known)}, or '{BASE}' for rows without an adapter."
         )
-    biased = [name for name, config in getattr(model, "peft_config", {}).items() if config.bias != "none"]
+    configs = getattr(model, "peft_config", {})  # of other methods as well, which may have no such option
+    biased = [name for name, config in configs.items() if getattr(config, "bias", "none") != "none"]
     if biased:
         raise ValueError(
             f"adapter_names=: adapter '{biased[0]}' changed the base's biases (QSVFTConfig.bias), which every row has; "

@@ -32,7 +32,7 @@ from ..storage.json_files import read_object
 from ..storage.whole_folders import finish_saving, whole_folder
 from .adapter_file import PREFIX, m_key
 from .config import QSVFTConfig
-from .load_adapter import checked, has_read
+from .load_adapter import checked, has_read, lacking
 from .model import QSVFTModel, named_layers
 from .peft_type import NAME, QSVFT
 from .removed import without_removed
@@ -157,10 +157,7 @@ def _of_a_whole_state(load: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             for _, layer in named_layers(self, adapter_name):
                 layer.refuse(adapter_name)
-            raise ValueError(
-                f"{model_id}: the adapter's file has no {error.args[0]}, which its config wants (modules_to_save, "
-                "trainable_token_indices); it is incomplete, or the config was changed. Copy or save the adapter again."
-            ) from error
+            raise lacking(model_id, error) from error
 
     return load_adapter
 

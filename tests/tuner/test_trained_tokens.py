@@ -64,6 +64,8 @@ def test_a_file_without_what_its_config_trains_is_refused(folder, tmp_path, chan
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     with pytest.raises(ValueError, match=r"the adapter's file has no .*which its config wants"):
         PeftModel.from_pretrained(qsvft.quantize(load(folder), 4, progress=False), tmp_path)
+    with pytest.raises(ValueError, match=r"the adapter's file has no .*which its config wants"):
+        qsvft.quantize(load(folder), 4, progress=False).load_adapter(tmp_path)
 
 
 def test_only_the_rows_that_are_named_change_and_the_head_s_with_them_where_it_is_tied(folder):
