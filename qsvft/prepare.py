@@ -24,6 +24,7 @@ from .storage.quantization import held_bits, quantize
 from .storage.weights import check_tensors, dense_weight
 from .tuner.calibration import calibrate, check_calibration, with_basis
 from .tuner.config import QSVFTConfig
+from .tuner.experts import experts_split
 from .tuner.progress import progress_bars
 from .tuner.targets import check_targets
 from .tuner.tasks import check_residual, config_for, left_whole, whole
@@ -91,12 +92,26 @@ def prepare(
     if fit is not None:
         if config is not None:
             raise ValueError("prepare(): fit chooses what is in a config; give fit with single options, or a config")
-        residual = _has_weights(model, bits)
+        residual = bits == 4 and _has_weights(model)
         options = options_to_fit(model, fit, bits, lean, fields, calibration, residual, progress)
         return prepare(model, bits, adapter_name=adapter_name, calibration=calibration, progress=progress, **options)
     if config is None:
-        config = config_for(model, with_basis(fields, calibration, _has_weights(model, bits)))
+        config = config_for(model, with_basis(fields, calibration, bits == 4 and _has_weights(model)))
     check_calibration(config, calibration)
+    with experts_split(model, config, quantised=_has_weights(model) and bits != 16):
+        return _prepared(model, bits, config, adapter_name, switches, calibration, progress)
+
+
+def _prepared(
+    model: nn.Module,
+    bits: int,
+    config: QSVFTConfig,
+    adapter_name: str,
+    switches: Switches,
+    calibration: Iterable[Mapping[str, Any]] | None,
+    progress: bool,
+) -> PeftModel:
+    """:func:`prepare` of a model whose experts are linear layers."""
     trained_whole = whole(config)
     targets = check_targets(model, config, left_whole(config))  # before anything is changed
     weights_seen = {f"{name}.weight" for name in targets}
@@ -172,9 +187,9 @@ def options_to_fit(
     return options if calibration is None else {"residual": False, **options}
 
 
-def _has_weights(model: nn.Module, bits: int) -> bool:
-    """Whether the weights before they are quantised to 4 bits are at hand."""
-    return bits == 4 and held_bits(model) == 16
+def _has_weights(model: nn.Module) -> bool:
+    """Whether the weights before they are quantised are at hand."""
+    return held_bits(model) == 16
 
 
 def _dense_weights(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

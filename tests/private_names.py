@@ -281,8 +281,10 @@ PRIVATE_NAMES = [
         )
         for hook in (
             "BaseTuner._check_new_adapter_config",
+            "BaseTuner._check_target_module_exists",
             "BaseTuner._create_and_replace",
             "BaseTuner._get_adapter_state_dict",
+            "BaseTuner._inject_parameters",
             "BaseTuner._prepare_model",
             "BaseTuner._remap_adapter_state_dict_for_load",
             "BaseTuner._remove_adapter_name_from_key",
@@ -318,8 +320,8 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "peft.utils.integrations.skip_init_on_device",
-        "tuner/attach.py",
-        "a residual base is made while PEFT puts new parameters on meta",
+        "tuner/attach.py tuner/experts.py",
+        "a residual base is made, and experts taken apart, while PEFT puts new parameters on meta",
         "a hook of the tuner before that",
     ),
     PrivateName(
@@ -443,6 +445,32 @@ PRIVATE_NAMES = [
             "core_model_loading.rename_source_key",
         )
     ),
+    *(
+        PrivateName(
+            f"transformers.integrations.moe.use_experts_implementation.{name}",
+            "storage/experts.py checkpoint/source/experts.py" if name == "is_transposed" else "storage/experts.py",
+            "what transformers' interface for experts says of a class that holds them in parameters",
+            "a documented interface of the module that has them",
+            _says("transformers.integrations.moe", name),
+        )
+        for name in (
+            "_apply_gate",
+            "_is_expert_parallel",
+            "act_fn",
+            "has_bias",
+            "has_gate",
+            "has_post_expert_norm",
+            "is_transposed",
+            "post_expert_norm",
+        )
+    ),
+    PrivateName(
+        "transformers.PreTrainedModel._is_hf_initialized",
+        "storage/experts.py",
+        "a module that transformers gives no numbers: its parameters are its linear layers'",
+        "a documented way to say so",
+        _says("transformers.PreTrainedModel", "_is_hf_initialized"),
+    ),
     PrivateName(
         "transformers.loss.loss_utils.ForCausalLMLoss",
         "lean/chunked_loss.py",
@@ -494,8 +522,9 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "transformers.PreTrainedModel._weight_conversions",
-        "checkpoint/prepared/quantizer.py",
-        "saving would take back the conversions of loading, and a prepared directory has the model's names",
+        "checkpoint/prepared/quantizer.py storage/quantization.py",
+        "saving would take back the conversions of loading, and a prepared directory has the model's names; a dense "
+        "model has its checkpoint's",
         "a documented switch that stays with the model",
         _says("transformers.core_model_loading", "model._weight_conversions ="),
     ),

@@ -32,12 +32,16 @@ ENCODER = {k: DECODER[k] for k in DECODER if k not in ("bos_token_id", "eos_toke
 
 @dataclass
 class Architecture:
-    """A family: its model class, its settings, and which of its modules train besides M."""
+    """A family: its model class, its settings, which of its modules train besides M, and its experts' parameters."""
 
     model: str
     model_type: str
     settings: dict
     head: str | None = None
+    experts: tuple[str, ...] = ()
+
+    def options(self, form):
+        return {**form, "target_parameters": [*self.experts]} if self.experts else form
 
     def config(self):
         return AutoConfig.for_model(self.model_type, **self.settings)
@@ -107,6 +111,31 @@ ARCHITECTURES = {
 }
 
 
+GATED = ("experts.gate_up_proj", "experts.down_proj")
+MIXTURE = {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4}
+ARCHITECTURES |= {
+    "Mixtral": Architecture("MixtralForCausalLM", "mixtral", MIXTURE, experts=GATED),
+    "Qwen2-MoE": Architecture(  # a gate with one output beside its experts
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        {**GROUPED, "num_experts_per_tok": 2, "num_experts": 4}
+        | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        experts=GATED,
+    ),
+    "gpt-oss": Architecture(  # transposed, with biases, gate and up interleaved
+        "GptOssForCausalLM", "gpt_oss", {**MIXTURE, "head_dim": 16}, experts=GATED
+    ),
+    "DeepSeek V3": Architecture(  # the first layer has no experts, the others have shared ones as well
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        {**DECODER, "num_key_value_heads": 4, "moe_intermediate_size": 64, "n_shared_experts": 1}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+        | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16},
+        experts=GATED,
+    ),
+}
+
+
 ONE_SIDED = {"sides": "one", "pattern": "banded", "off_diagonals": 2}
 EACH_FORM = pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 
@@ -120,7 +149,7 @@ def family(request, tmp_path_factory):
     model = getattr(transformers, architecture.model)(architecture.config())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 parameter.normal_(std=0.1)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.02)
@@ -158,7 +187,7 @@ def error(found, expected):
 def test_the_whole_flow_from_checkpoint_to_merged_checkpoint(family, tmp_path, form):
     architecture, folder = family
     base = outputs(architecture, quantised(architecture, folder))
-    model = qsvft.prepare(architecture.load(folder), bits=4, **form)
+    model = qsvft.prepare(architecture.load(folder), bits=4, **architecture.options(form))
     assert torch.equal(outputs(architecture, model), base)
 
     before = state(model)

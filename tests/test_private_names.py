@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "qsvft"
 # Documented in spite of the underscore: os._exit, and _replace() of a named tuple.
 DOCUMENTED = {"_exit", "_replace"}
-# Parts of the text of a basis's key, and no names.
-TEXT = {"_float32", "_float32_", "_randomized_", "_data_", "_original"}
+# Parts of the text of a basis's key or of a parameter's name, and no names.
+TEXT = {"_float32", "_float32_", "_randomized_", "_data_", "_original", "_bias"}
 
 
 class Use(NamedTuple):

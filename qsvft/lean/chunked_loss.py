@@ -32,9 +32,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
+from ..storage.disguise import disguised, undisguised
 from .cross_entropy import Rows, chunked_cross_entropy
 from .deferred_logits import DeferredLogits, HeadCall, true_logits
-from .disguise import disguised, undisguised
 from .lent import lent
 
 logger = logging.get_logger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .disguise import disguised, undisguised
+from ..storage.disguise import disguised, undisguised
 
 
 def lean_norms(model: nn.Module) -> nn.Module:

@@ -44,6 +44,7 @@ from ..lean.offload import offload_checkpoints
 from ..lean.option import INTEGER
 from ..lean.switches import SWITCHES
 from ..lean.vocabulary import quantize_embeddings
+from ..storage.experts import expert_parameters, split_experts
 from ..storage.quantization import quantize
 from ..storage.shapes_only import shapes_only
 from ..tuner.config import OPTIONS, QSVFTConfig
@@ -133,8 +134,12 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
     """Turn a frozen bf16 model (on meta or real) into one that the method trains, in place."""
     meta = next(model.parameters()).is_meta
     if method.bits == 4:
+        own = method.name in ("floor", "qsvft")
+        # transformers' and bitsandbytes' 4 bits, which the others stand on, leave experts in parameters dense.
+        dense = [] if own else [name for name, module in model.named_modules() if expert_parameters(module)]
+        split_experts(model, dense)
         left = _residual_layers(method, model) if method.name == "qsvft" else ()
-        model = nf4_on_meta(model, left) if meta else quantize(model, 4, progress=False, skip_layers=left)
+        model = nf4_on_meta(model, left) if meta else quantize(model, 4, dense, progress=False, skip_layers=left)
     with shapes_only():
         built = _BUILDERS[method.name](method, model)
     if method.chunked_loss:

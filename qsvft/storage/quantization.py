@@ -7,8 +7,10 @@ so that a model quantised here and one loaded in 4-bit by transformers are the s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
-from typing import Any, cast
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import bitsandbytes as bnb
 import torch
@@ -18,10 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .experts import expert_layers, is_split, join_experts, parameters_of_experts, split_experts
 from .left_dense import report_dense, under
 from .linear_layers import is_linear, read_directly
 from .nf4 import empty_nf4_linear, nf4_parameter
+from .routers import routers
 from .weights import HeldLinear, check_quant_state, check_weight, dense_dtype, dense_layer, dense_weight
+
+logger = logging.getLogger(__name__)
 
 BITS = (4, 8, 16)
 
@@ -35,9 +41,11 @@ def quantize(
 ) -> nn.Module:
     """Quantise every linear layer of a model in place, one matrix at a time.
 
-    Left as they are: embeddings, the output head (``get_output_embeddings()``), linears that share
-    their weight with an embedding, layers whose weight their parent reads itself, modules that transformers
-    keeps in fp32, and ``skip_modules``. Where what stays dense is much, a warning names it with its bytes.
+    Experts in parameters of three dimensions (Mixtral, Qwen-MoE, gpt-oss, DeepSeek) become linear layers first, see
+    :func:`~qsvft.storage.experts.split_experts`. Left as they are: embeddings, the output head
+    (``get_output_embeddings()``), linears that share their weight with an embedding, layers whose weight their parent
+    reads itself, routers and gates with one output, modules that transformers keeps in fp32, and ``skip_modules``.
+    Where what stays dense is much, a warning names it with its bytes.
     A model that is quantised already is returned unchanged if its bits agree.
 
     Args:
@@ -69,10 +77,12 @@ def quantize(
                 f"Pass bits={held}, or load the model without quantization_config."
             )
         disable_cpu_repacking(model)
+        _report_experts(model)
         return model
     if bits == 16:
         return model
 
+    split_experts(model, skip_modules or ())
     targets, skipped = partition_linears(model, skip_modules or [], skip_layers)
     report_dense(model, targets, [*(skip_modules or ()), *skip_layers], bits)
     dtypes: set[torch.dtype] = set()
@@ -91,6 +101,19 @@ def quantize(
     if isinstance(model, PreTrainedModel):
         set_flags(model, bits, dtypes.pop() if len(dtypes) == 1 else torch.bfloat16, skipped)
     return model
+
+
+def _report_experts(model: nn.Module) -> None:
+    """Say that whoever quantised a model left its experts as they were."""
+    apart = set(expert_layers(model).values())
+    names = [name for name in parameters_of_experts(model) if name not in apart]
+    if names:
+        numbers = [model.get_parameter(name) for name in names]
+        logger.warning(
+            "%s: its experts stay dense, %.2f GiB in %d parameters such as %s, which bitsandbytes' 4 and 8 bits leave "
+            "as they are. Load it in bf16 and give it to qsvft.prepare(), which quantises them.",
+            *(type(model).__name__, sum(p.numel() * p.element_size() for p in numbers) / 2**30, len(names), names[0]),
+        )
 
 
 def held_bits(model: nn.Module) -> int:
@@ -117,7 +140,7 @@ def disable_cpu_repacking(model: nn.Module) -> None:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every bitsandbytes linear by a plain dense one and clear the quantisation flags."""
+    """Replace every bitsandbytes linear by a plain dense one, put experts together and clear the flags."""
     names = _all_names(model)
     done: dict[int, nn.Parameter] = {}
     held: tuple[str, ...] = ()  # what such a layer is made of goes with it
@@ -131,6 +154,7 @@ def dequantize(model: nn.Module) -> nn.Module:
             new: Any = dense_layer(module, weight)
             new.weight = done.setdefault(module.weight.data_ptr(), new.weight)
             _replace(model, names[name], new)
+    join_experts(model)
     _clear_flags(model)
     return model
 
@@ -144,12 +168,12 @@ def partition_linears(
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     targets: list[str] = []
     skipped: list[str] = []
-    read = read_directly(model)
+    left = {*skip_layers, *read_directly(model), *routers(model)}
     for name, module in model.named_modules():
         if not is_linear(module):
             continue
         left_alone = module is head or id(module.weight) in embeddings or under(name, [*keep_fp32, *skip])
-        left_alone = left_alone or name in skip_layers or name in read
+        left_alone = left_alone or name in left
         (skipped if left_alone else targets).append(name)
     return targets, skipped
 
@@ -176,7 +200,7 @@ def _quantized_layer(layer: Any, bits: int, done: dict[int, nn.Parameter]) -> nn
     else:
         new = bnb.nn.Linear8bitLt(n, m, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
     if id(weight) not in done:  # a weight that two layers share is quantised once and stays shared
-        data = weight.data.t().contiguous() if conv else weight.data
+        data = (weight.data.t() if conv else weight.data).contiguous()
         if bits == 4:
             quantized: Any = nf4_parameter(data)
         else:
@@ -230,15 +254,27 @@ def set_flags(model: PreTrainedModel, bits: int, dtype: torch.dtype, skipped: li
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped or None)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    if any(is_split(module) for module in model.modules()):
+        model.hf_quantizer.is_serializable = partial(_refuse_saving, type(model).__name__)
     model.quantization_method = QuantizationMethod.BITS_AND_BYTES
     model.is_quantized = True
     setattr(model, f"is_loaded_in_{bits}bit", True)
+
+
+def _refuse_saving(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        f"{name}: its experts are linear layers of their own, which transformers would not find again and would make "
+        "up; expected a model that was prepared for an adapter. Use qsvft.prepare(model) in place of "
+        "qsvft.quantize(model), or qsvft.prepare_checkpoint(source, target)."
+    )
 
 
 def _clear_flags(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer"):
+    # Without its list of conversions transformers saves a model by the names that its checkpoints have.
+    flags = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
+    for flag in (*flags, "_weight_conversions"):
         if flag in model.__dict__:
             delattr(model, flag)

@@ -89,7 +89,10 @@ class QSVFTConfig(PeftConfig):
 
     Args:
         target_modules: names of the linear layers to adapt, a regular expression, or "all-linear"
-            (every linear layer except the output head), which None means as well.
+            (every linear layer but the output head, experts, routers and gates with one output), which None means as
+            well.
+        target_parameters: names of experts' parameters to adapt, such as "mlp.experts.gate_up_proj", each expert as a
+            linear layer of its own; no expert is adapted that is not named. With experts alone: target_modules=[].
         exclude_modules: names, or a regular expression, of layers to leave out.
         modules_to_save: modules to train and save whole, such as a fresh classification head.
         trainable_token_indices: tokens whose rows of the input embeddings are trained and saved, as for new special
@@ -104,7 +107,8 @@ class QSVFTConfig(PeftConfig):
             None takes the first number in a name.
         rank: k, how many directions M acts on; a layer with fewer takes all of its min(m, n). None is 128 for a dense
             M, and all of them for the other patterns.
-        rank_pattern: rank for single layers, by name or regular expression: {"k_proj": 64}.
+        rank_pattern: rank for single layers, by name or regular expression: {"k_proj": 64}; the name of an expert
+            ends in its number, as in "down_proj.[0-9]+".
         pattern: "plain", "banded", "random", "top_k" or "dense": which entries of M train. "dense" (default) trains
             all k * k, and wants a small rank.
         off_diagonals: d. The band has k(2d+1) - d(d+1) entries; random and top_k take as many.
@@ -147,9 +151,12 @@ class QSVFTConfig(PeftConfig):
         NAMES,
         "Linear layers to adapt: names, a regex, or 'all-linear'.",
         "names, a regular expression or 'all-linear'",
-        bool,
+        _is_names,
         of_factors=True,
         counted=True,
+    )
+    target_parameters: list[str] | None = option(
+        None, NAMES, "Experts to adapt, by their parameters' names.", "strings", _is_list, of_factors=True, counted=True
     )
     exclude_modules: set[str] | list[str] | str | None = option(
         None, NAMES, "Layers to leave out: names or a regex.", "strings", _is_names, of_factors=True, counted=True
@@ -271,6 +278,8 @@ class QSVFTConfig(PeftConfig):
             if one.kind is NAMES and not _is_names(getattr(self, name)):
                 _refuse(name, getattr(self, name), "strings")
             one.refuse(getattr(self, name), "QSVFTConfig.")
+        if not self.target_modules and not self.target_parameters:
+            _refuse("target_modules", self.target_modules, "names, a regular expression or 'all-linear'")
         if self.decomposition is None:
             self.decomposition = "auto" if self.base is None else "exact"
         if self.unit is None:

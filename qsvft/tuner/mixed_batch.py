@@ -104,6 +104,12 @@ def _check(model: nn.Module, names: Any) -> None:
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Expected in adapter_names= some of "
             f"{sorted(known)}, or '{BASE}' for rows without an adapter."
         )
+    adapted = (name for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear))
+    if (expert := next((name for name in adapted if ".experts." in name), None)) is not None:
+        raise ValueError(
+            f"adapter_names=: {expert} sees rows of its own and not those of the batch, an expert's; expected adapters "
+            "without target_parameters. Run the rows of each adapter by themselves (set_adapter)."
+        )
     configs = getattr(model, "peft_config", {})  # of other methods as well, which may have no such option
     biased = [name for name, config in configs.items() if getattr(config, "bias", "none") != "none"]
     if biased:

@@ -19,17 +19,19 @@ from ..lean.chunked_loss import disable_chunked_loss
 from ..lean.norms import plain_norms
 from ..lean.offload import stop_offloading
 from ..lean.vocabulary import dequantize_vocabulary
+from ..storage.experts import join_experts
 from ..storage.factor_names import parse_name
 from ..storage.quantization import dequantize, disable_cpu_repacking
 from ..storage.weights import HeldLinear, describe_base
 from ..version import __version__
 from .adapter_file import AdapterReader, add_records, saved_whole_keys
 from .config import QSVFTConfig
+from .experts import experts_split, named_parameters
 from .layer import QSVFTLinear
 from .mixed_batch import mixed_batch
 from .progress import progress_shown
 from .sources import NOWHERE, Sources, sources_of
-from .targets import all_linear, check_targets
+from .targets import all_linear, check_targets, is_target
 from .weighted_sum import add_up, check_alike, check_sum
 
 
@@ -67,12 +69,22 @@ class QSVFTModel(BaseTuner):
     def _prepare_model(self, peft_config: QSVFTConfig, model: nn.Module) -> None:
         """Check what is asked for before anything is changed."""
         disable_cpu_repacking(model)
-        names = check_targets(model, peft_config)
+        with experts_split(model, peft_config):
+            names = check_targets(model, peft_config)
         if peft_config.target_modules == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
         self._sources = sources_of(peft_config, model)
         if self._progress is not None:
             self._progress.total = len(names)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: QSVFTConfig, key: str) -> Any:
+        """PEFT's rule, and that of ``target_parameters``."""
+        return is_target(peft_config, key)
+
+    def _inject_parameters(self, peft_config: QSVFTConfig, *_: Any, **__: Any) -> list[str]:
+        """The experts' parameters that are adapted: each expert is a layer, and has been."""
+        return named_parameters(self.model, peft_config)
 
     def _check_new_adapter_config(self, config: QSVFTConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -207,7 +219,7 @@ class QSVFTModel(BaseTuner):
         super()._unload_and_optionally_merge(merge=merge, **kwargs)
         model: nn.Module = plain_norms(disable_chunked_loss(self.model))
         stop_offloading(model)
-        return dequantize_vocabulary(dequantize(model)) if merge else model
+        return dequantize_vocabulary(dequantize(model)) if merge else join_experts(model)
 
 
 def named_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, QSVFTLinear]]:

@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..storage.experts import parameters_of_experts
 from ..storage.weights import HeldLinear
 from .adapted import AdaptedLinear
 from .config import QSVFTConfig
@@ -23,7 +24,7 @@ from .tasks import left_whole
 
 
 def check_names(model: nn.Module, config: QSVFTConfig) -> None:
-    """Refuse names of ``target_modules``, ``exclude_modules`` and ``modules_to_save`` that match nothing.
+    """Refuse names of targets, ``exclude_modules`` and ``modules_to_save`` that match nothing.
 
     Raises:
         ValueError: naming the field, the name, what the model has and what may have been meant.
@@ -33,6 +34,10 @@ def check_names(model: nn.Module, config: QSVFTConfig) -> None:
         for name in sorted(config.target_modules or ()):
             if not any(_is(one, name) for one in names):
                 _refuse(model, "target_modules", name, short_names(model))
+    experts = parameters_of_experts(model)
+    for name in config.target_parameters or ():
+        if not any(_is(one, name) for one in experts):
+            _refuse_parameter(model, name, experts)
     for name in config.modules_to_save or ():
         _check_whole(model, name)
     check_tokens(model, config)
@@ -145,6 +150,21 @@ def _refuse(model: nn.Module, field: str, name: str, known: Collection[str]) -> 
     raise NoMatchingPeftModuleError(
         f"{field}: '{name}' matches no module of {type(model).__name__}; expected names of its linear layers, such as "
         f"{', '.join(map(repr, several[:12])) or 'none: it has no linear layer'}.{_hint(name.split('.')[-1], several)}"
+    )
+
+
+def _refuse_parameter(model: nn.Module, name: str, experts: Sequence[str]) -> None:
+    linear = name.removesuffix(".weight")
+    if any(_is(one, linear) for one, module in model.named_modules() if one and isinstance(module, nn.Linear | Conv1D)):
+        raise ValueError(
+            f"target_parameters: {name!r} is the weight of linear layers; expected parameters of experts. Give "
+            f"target_modules={[linear.rpartition('.')[-1]]} for these."
+        )
+    short = list(dict.fromkeys(".".join(one.split(".")[-2:]) for one in experts))
+    raise NoMatchingPeftModuleError(
+        f"target_parameters: {name!r} matches no parameter of experts of {type(model).__name__}; expected "
+        f"{'names such as ' + ', '.join(map(repr, short)) if short else 'None: it has no experts in parameters'}."
+        f"{_hint('.'.join(name.split('.')[-2:]), short)}"
     )
 
 

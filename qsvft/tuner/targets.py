@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import NoMatchingPeftModuleError
@@ -12,11 +13,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..storage.experts import expert_layers
 from ..storage.linear_layers import is_other_linear, read_directly
 from ..storage.residual import ResidualLinear
+from ..storage.routers import routers
 from ..storage.weights import HeldLinear, check_weight
 from .adapted import AdaptedLinear
 from .config import DENSE_RANK, QSVFTConfig
+from .experts import is_named
 from .names import check_names, check_rank_pattern, short_names
 from .slow_patterns import check_patterns
 from .tasks import left_whole
@@ -50,13 +54,15 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
     names = [
         name
         for name, _ in model.named_modules()
-        if name and not any(name.startswith(a) for a in adapters) and check_target_module_exists(wanted, name)
+        if name and not any(name.startswith(a) for a in adapters) and is_target(wanted, name)
     ]
     if not names:
         numbers = config.layers_to_transform
         within = (
             "" if numbers is None else f", layers_to_transform={numbers!r}, layers_pattern={config.layers_pattern!r}"
         )
+        if config.target_parameters:
+            within += f", target_parameters={config.target_parameters!r}"
         raise NoMatchingPeftModuleError(
             f"no layer of {type(model).__name__} is left to adapt: target_modules={config.target_modules!r}, "
             f"exclude_modules={config.exclude_modules!r}, modules_to_save={wanted.modules_to_save!r}{within}. Expected "
@@ -84,6 +90,17 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
     _check_rank(config, shapes)
     _check_band(config, {name: rank_of(config, name, shape) for name, shape in shapes.items()})
     return names
+
+
+def is_target(config: QSVFTConfig, name: str) -> Any:
+    """Whether a config means a module of this name: PEFT's rule and its answer, for experts by their parameters."""
+    found = check_target_module_exists(config, name)
+    parameter, _, number = name.rpartition(".")
+    if found or not number.isdigit() or not is_named(config, parameter):
+        return found
+    one = copy.copy(config)
+    one.target_modules = {".".join(name.split(".")[-2:])}
+    return check_target_module_exists(one, name)  # not if it is excluded, or within another block
 
 
 def _check_layers(wanted: QSVFTConfig, names: Sequence[str]) -> None:
@@ -152,14 +169,14 @@ def _check_dense(name: str, layer: nn.Module) -> None:
 
 def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
     """The layers that "all-linear" means: PEFT's rule, less those that their parent never calls (such as what
-    nn.MultiheadAttention reads), heads that PEFT trains whole for the task, and subclasses of nn.Linear that compute
-    something else."""
+    nn.MultiheadAttention reads), heads that PEFT trains whole for the task, subclasses of nn.Linear that compute
+    something else, routers and gates, and experts, which ``target_parameters`` names."""
     wanted = copy.copy(config)
     wanted.target_modules = "all-linear"
     _maybe_include_all_linear_layers(wanted, model)
     heads = set(left_whole(config))
     found = {name for name in wanted.target_modules or () if not heads & set(name.split("."))}
-    found -= set(read_directly(model))
+    found -= {*read_directly(model), *routers(model), *expert_layers(model)}
     if config.layers_to_transform is not None:
         found = {name for name in found if _in_layers(config, config.layers_to_transform, name)}
     for name, module in model.named_modules():

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -163,12 +163,13 @@ def test_a_model_whose_mixer_reads_its_layers_runs_in_4_bits():
 
 def test_what_stays_dense_is_named_with_its_bytes_where_it_is_much(llama, caplog):
     caplog.set_level(logging.WARNING, logger="qsvft")
-    config = MixtralConfig(**SMALL, num_key_value_heads=2, intermediate_size=128, num_local_experts=4)
-    qsvft.quantize(MixtralForCausalLM(config).bfloat16(), 4, progress=False)
+    # Experts that compute in their own way, and a router that is no linear layer to be quantised.
+    config = Llama4TextConfig(**SMALL, num_key_value_heads=2, head_dim=16, intermediate_size=128, num_local_experts=4)
+    qsvft.quantize(Llama4ForCausalLM(config).bfloat16(), 4, progress=False)
     (said,) = [record.getMessage() for record in caplog.records]
     numbers = 2 * 4 * 3 * 64 * 128  # layers, experts, matrices
-    assert f"{(2 * numbers + 2 * 2 * 4 * 64) / 2**20:.2f} MiB" in said and "MixtralExperts" in said
-    assert "model.layers.0.mlp.experts.gate_up_proj" in said
+    assert f"{(2 * numbers + 2 * 2 * 4 * 64) / 2**20:.2f} MiB" in said and "Llama4TextExperts" in said
+    assert "model.layers.0.feed_forward.experts.gate_up_proj" in said
     caplog.clear()
     qsvft.quantize(load(llama), 4, progress=False)
     qsvft.quantize(load(llama), 4, skip_modules=["mlp"], progress=False)  # as asked for

@@ -12,6 +12,8 @@ REFUSED = [
     ("target_modules", [], "names, a regular expression or 'all-linear'"),
     ("target_modules", "", "names, a regular expression or 'all-linear'"),
     ("target_modules", ["q_proj", 3], "strings"),
+    ("target_parameters", "experts.down_proj", "strings"),
+    ("target_parameters", [0], "strings"),
     ("exclude_modules", [3], "strings"),
     ("modules_to_save", [None], "strings"),
     ("modules_to_save", "classifier", "strings"),

@@ -23,7 +23,8 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("outputs", [1, 5])
 def test_its_M_is_whole_trains_and_merges(pattern, sides, outputs):
     torch.manual_seed(0)
-    model = qsvft.prepare(Gated(outputs), bits=16, pattern=pattern, sides=sides, progress=False)
+    both = ["layer", "gate"]  # a gate with one output is adapted where it is named
+    model = qsvft.prepare(Gated(outputs), 16, pattern=pattern, sides=sides, target_modules=both, progress=False)
     layer = model.base_model.model.gate
     assert layer.M("default").numel() == outputs**2
     assert model.base_model.model.layer.M("default").numel() == 48 * 17 - 72

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...storage.experts import expert_parameters
 from ...storage.quantization import BITS
 from ...tuner.config import QSVFTConfig
+from ...tuner.experts import split_for
 from ...tuner.tasks import check_residual, config_for, left_whole
 from ..source.architecture import FLOATS
 from ..source.checkpoint import Checkpoint, first_few, open_checkpoint
+from ..source.experts import pieces_of_experts
 from ..source.names import Names, empty_model, pieces_of
 from .directory import Directory, Record
 from .plan import Options, Unit, plan_digest, plan_units
@@ -50,9 +54,19 @@ class Job:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        """The model on the meta device."""
+    def source_model(self) -> PreTrainedModel:
+        """The model on the meta device as its class makes it: what is read."""
         return empty_model(self.checkpoint, self.dtype)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on the meta device with linear layers for experts: what is written."""
+        _ = self._source_names  # which weights are tied may follow from the checkpoint
+        if not any(expert_parameters(module) for module in self.source_model.modules()):
+            return self.source_model
+        model = deepcopy(self.source_model)
+        split_for(model, self.options.config, self.options.bits != 16)
+        return model
 
     @cached_property
     def options(self) -> Options:
@@ -65,17 +79,23 @@ class Job:
             raise ValueError(f"bits must be 4 (NF4), 8 (int8) or 16 (the weights as they are), got {self.bits!r}")
         if self.config is not None and self.given:
             raise ValueError(f"give either config or single options, got both: {sorted(self.given)}")
-        config = self.config if self.config is not None else config_for(self.model, self.given)
+        config = self.config if self.config is not None else config_for(self.source_model, self.given)
         check_residual(config, self.bits)
         # Which entries of M train, and what the directions give back to a base that stays as it is, is each adapter's.
         config = replace(config, pattern="plain", residual=config.residual_base)
-        dtype = str(self.model.dtype).removeprefix("torch.")
+        dtype = str(self.source_model.dtype).removeprefix("torch.")
         return Options(self.bits, config, dtype, tuple(left_whole(config)))
+
+    @cached_property
+    def _source_names(self) -> Names:
+        return pieces_of(self.checkpoint, self.source_model)
 
     @cached_property
     def names(self) -> Names:
         """How the checkpoint's keys give the model's tensors."""
-        return pieces_of(self.checkpoint, self.model)
+        found = self._source_names
+        pieces = pieces_of_experts(self.checkpoint, self.source_model, self.model, found.pieces)
+        return replace(found, pieces=tuple(pieces))
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -91,7 +111,7 @@ class Job:
         """The linear layers' names with their weights (m, n) as they are in the checkpoint, one unit at a time."""
         for unit in self.units:
             if unit.layer is not None:
-                yield unit.layer.name, weight_of(unit.layer.name, unit, self.checkpoint, self.model)
+                yield unit.layer.name, weight_of(unit, self.checkpoint, self.source_model)
 
     def target(self, folder: Any) -> Directory:
         """The directory for it."""
@@ -104,7 +124,7 @@ class Job:
             ValueError: NaN or Inf in a weight; the source changed meanwhile.
             OSError: reading or writing failed.
         """
-        tensors, source = finish_unit(self.units[number], self.checkpoint, self.model, self.options, device)
+        tensors, source = finish_unit(self.units[number], self.checkpoint, self.source_model, self.options, device)
         self.checkpoint.check_unchanged()
         record = target.write(number, tensors, source)
         del tensors

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ...maths.decomposition import Sides
 from ...storage.factors import needed_sides
@@ -63,11 +64,13 @@ class LinearLayer:
         name: in the model.
         shape: (outputs, inputs).
         held: "quantised", "residual" (NF4 of what the directions leave) or "dense" (as it was).
+        conv: whether it is a Conv1D, which has its weight the other way round.
     """
 
     name: str
     shape: tuple[int, int]
     held: str
+    conv: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def plan_units(model: PreTrainedModel, pieces: Sequence[Piece], options: Options
     """Divide the work.
 
     Args:
-        model: on the meta device.
+        model: on the meta device, with experts as linear layers.
         pieces: how each of its tensors is read.
         options: what decides the result.
 
@@ -148,7 +151,7 @@ def _linear_layers(model: PreTrainedModel, targets: Sequence[str], options: Opti
         if name in targets or name in quantised:
             residual = options.config.residual and name in targets
             held = "residual" if residual else "quantised" if name in quantised else "dense"
-            yield LinearLayer(name, shape_of(module, name), held)
+            yield LinearLayer(name, shape_of(module, name), held, isinstance(module, Conv1D))
 
 
 def stored_forms(model: PreTrainedModel, config: QSVFTConfig, targets: Sequence[str]) -> list[StoredForm]:

@@ -188,7 +188,7 @@ def _check_contents(job: Job, target: Directory, records: dict[str, Record]) -> 
     """The files have other times, as after a copy: read again what was read for the finished units."""
     units = {unit.name: unit for unit in job.units}
     for name, record in tqdm(records.items(), desc="checking the source", unit="matrix", leave=False):
-        if source_digest(units[name], job.checkpoint, job.model) != record.source:
+        if source_digest(units[name], job.checkpoint, job.source_model) != record.source:
             raise ValueError(
                 f"{job.checkpoint.name}: {name} holds other values than when {target.folder / record.file} was made of "
                 "it; expected the same source. Restore it, or give another target."

@@ -19,7 +19,7 @@ from ...storage.residual import residual_linear
 from ...storage.weights import check_tensors, check_weight, dense_weight
 from ..source.checkpoint import Checkpoint
 from ..source.names import read_piece
-from .plan import Options, StoredForm, Unit
+from .plan import LinearLayer, Options, StoredForm, Unit
 
 
 def finish_unit(
@@ -30,7 +30,7 @@ def finish_unit(
     Args:
         unit: what to do.
         checkpoint: where its tensors are.
-        model: on the meta device; says which class a layer has.
+        model: on the meta device, as its class makes it.
         options: how the weights are held, and for which adapters they are decomposed.
         device: where matrices are decomposed. They are quantised on the CPU wherever that is, so that the weight, and
             with it the factors, do not depend on it; but for residuals, which are taken after the decomposition.
@@ -43,13 +43,11 @@ def finish_unit(
     """
     written = _read(unit, checkpoint, model)
     read, source = dict(written), tensors_digest(written)
-    others = dict(model.named_parameters()).keys() - (
-        {f"{unit.layer.name}.weight"} if unit.layer is not None else set()
-    )
+    others = {f"{unit.layer.name}.bias"} if unit.layer is not None else dict(model.named_parameters()).keys()
     check_tensors((name, tensor) for name, tensor in written.items() if name in others)
     if unit.layer is not None:
         name = unit.layer.name
-        layer = _layer(model, name, read)
+        layer = _layer(unit.layer, read)
         del read
         check_weight(name, layer)
         if unit.layer.held == "quantised":
@@ -60,9 +58,10 @@ def finish_unit(
     return {name: tensor.detach().cpu().contiguous() for name, tensor in written.items()}, source
 
 
-def weight_of(name: str, unit: Unit, checkpoint: Checkpoint, model: PreTrainedModel) -> Tensor:
+def weight_of(unit: Unit, checkpoint: Checkpoint, model: PreTrainedModel) -> Tensor:
     """The weight (m, n) of a unit's linear layer, before it is quantised."""
-    weight = dense_weight(_layer(model, name, _read(unit, checkpoint, model)))
+    assert unit.layer is not None
+    weight = dense_weight(_layer(unit.layer, _read(unit, checkpoint, model)))
     assert weight is not None
     return weight
 
@@ -88,14 +87,13 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _layer(model: PreTrainedModel, name: str, read: Mapping[str, Tensor]) -> nn.Module:
+def _layer(linear: LinearLayer, read: Mapping[str, Tensor]) -> nn.Module:
     """A dense layer with the weight that was read, of the class that it has in the model."""
-    kind = type(model.get_submodule(name))
-    new: Any = Conv1D(1, 1) if kind is Conv1D else nn.Linear(1, 1, bias=False, device="meta")
-    weight, bias = read[f"{name}.weight"], read.get(f"{name}.bias")
+    new: Any = Conv1D(1, 1) if linear.conv else nn.Linear(1, 1, bias=False, device="meta")
+    weight, bias = read[f"{linear.name}.weight"], read.get(f"{linear.name}.bias")
     new.weight = nn.Parameter(weight, requires_grad=False)
     new.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    if kind is Conv1D:
+    if linear.conv:
         new.nx, new.nf = weight.shape
     else:
         new.out_features, new.in_features = weight.shape

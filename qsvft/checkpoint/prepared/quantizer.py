@@ -27,6 +27,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ...storage.alignment import own_tensors
+from ...storage.experts import expert_parameters, split_experts
 from ...storage.factor_files import FactorFiles
 from ...storage.quantization import BITS, disable_cpu_repacking, linear_names
 from ...storage.residual import ResidualLinear
@@ -140,6 +141,7 @@ class PreparedQuantizer(HfQuantizer):
         prepared = open_prepared(_folder(model.name_or_path, kwargs.get("checkpoint_files")))
         prepared.check()
         self.folder, self._files = prepared.folder, FactorFiles(prepared.files.paths)
+        _split_as_held(prepared, model)
         held = {name: _quantised_shape(prepared, model, name) for name in linear_names(model)}
         _check_shapes(prepared, model, held)
         # Another class may have linear layers that the directory does not: a fresh head is no layer of 4 bits.
@@ -169,6 +171,12 @@ class PreparedQuantizer(HfQuantizer):
         records = {name: tensor_record(tensor) for name, tensor in tensors.items()}
         config = {**json.loads(model.config.to_json_string()), "dtype": dtype_name(model.dtype)}
         return tensors, {TENSORS: as_text(records), CONFIG: config_sha256(config)}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Those of the quantiser alone: a prepared directory has the model's names, and its tensors as the model has
+        them."""
+        found: list[Any] = super().update_weight_conversions([], model)
+        return found
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -214,10 +222,26 @@ def _folder(name: str, files: Sequence[str] | None) -> Path:
     return Path(files[0]).parent
 
 
+def _split_as_held(prepared: Prepared, model: PreTrainedModel) -> None:
+    """Let linear layers stand for experts where the directory has them."""
+    held = {
+        name
+        for name, module in model.named_modules()
+        for leaf in expert_parameters(module)
+        if any(f"{one}.{leaf}.0.weight" in prepared.entries for one in _names_in_files(model, name))
+    }
+    split_experts(model, only=held)
+
+
+def _names_in_files(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """What a module may be called in a directory: its name, with the prefix of the base model or without it."""
+    prefix = f"{model.base_model_prefix}."
+    return name, f"{prefix}{name}", name.removeprefix(prefix)
+
+
 def _quantised_shape(prepared: Prepared, model: PreTrainedModel, name: str) -> list[int] | None:
     """Of a linear layer's weight, if the directory holds it quantised, under its name with or without a prefix."""
-    prefix = f"{model.base_model_prefix}."
-    found = (prepared.quantised_shape(one) for one in (name, f"{prefix}{name}", name.removeprefix(prefix)))
+    found = (prepared.quantised_shape(one) for one in _names_in_files(model, name))
     return next((shape for shape in found if shape is not None), None)
 
 

@@ -6,6 +6,7 @@ One tensor, or those that transformers fuses, splits or permutes into one or sev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,20 +32,35 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One expert of a parameter that holds several.
+
+    Attributes:
+        number: which, along the first dimension.
+        transposed: whether its layer has the other two the other way round.
+    """
+
+    number: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class Piece:
     """What is read together; plain values, so that it can be sent to another process or written as JSON.
 
     Attributes:
-        targets: names in ``model.state_dict()``; of tied weights the first alone.
+        targets: names in ``model.state_dict()``; of tied weights the first alone; of an expert its layer's.
         sources: keys in the checkpoint, in the order in which they are put together.
         dtype: what the sources are cast to, e.g. "bfloat16".
         conversion: None if the one source is the one target as it is.
+        part: of what is read, or made by the conversion, the one expert that is meant; None for all.
     """
 
     targets: tuple[str, ...]
     sources: tuple[str, ...]
     dtype: str
     conversion: Conversion | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,17 @@ def read_piece(checkpoint: Checkpoint, piece: Piece, model: PreTrainedModel) -> 
         ValueError: a file changed since the checkpoint was opened.
     """
     dtype = getattr(torch, piece.dtype)
+    if piece.part is None:
+        return _converted(checkpoint, piece, model, dtype)
+    number, transposed = piece.part.number, piece.part.transposed
+    if piece.conversion is None:
+        expert = checkpoint.read(piece.sources[0])[number].to(dtype)
+    else:
+        expert = _all_experts(checkpoint, piece, model, dtype)[number]
+    return {piece.targets[0]: (expert.t() if transposed else expert).contiguous()}
+
+
+def _converted(checkpoint: Checkpoint, piece: Piece, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = (checkpoint.read(key).to(dtype) for key in piece.sources)
     if piece.conversion is None:
         return {piece.targets[0]: next(tensors)}
@@ -83,3 +110,16 @@ def read_piece(checkpoint: Checkpoint, piece: Piece, model: PreTrainedModel) -> 
     return {
         target: results[name].contiguous() for target, name in zip(piece.targets, piece.conversion.results, strict=True)
     }
+
+
+_LAST: WeakKeyDictionary[PreTrainedModel, tuple[object, Tensor]] = WeakKeyDictionary()
+
+
+def _all_experts(checkpoint: Checkpoint, piece: Piece, model: PreTrainedModel, dtype: torch.dtype) -> Tensor:
+    """What a conversion makes; the last one is kept, since the experts of one parameter are read one after another."""
+    wanted = (checkpoint, piece.sources, piece.conversion, dtype)
+    if model not in _LAST or _LAST[model][0] != wanted:
+        _LAST.pop(model, None)
+        (made,) = _converted(checkpoint, piece, model, dtype).values()
+        _LAST[model] = (wanted, made)
+    return _LAST[model][1]

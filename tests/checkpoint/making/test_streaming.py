@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import load, same_tensors, save_llama
 from stored_models import factors_in
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Llama4ForCausalLM, Llama4TextConfig
 
 import qsvft
 from qsvft.checkpoint.making import directory as targets
@@ -463,16 +463,18 @@ def test_factors_are_those_of_the_weight_as_held(llama, whole):
 
 def test_what_stays_dense_is_said_before_the_work_begins(tmp_path, caplog):
     torch.manual_seed(0)
-    config = MixtralConfig(
+    config = Llama4TextConfig(  # whose experts compute in their own way
         vocab_size=96,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
         num_local_experts=4,
     )
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
+    Llama4ForCausalLM(config).save_pretrained(tmp_path / "source")
     caplog.set_level("WARNING", logger="qsvft")
     prepared(tmp_path / "source", tmp_path / "prepared", rank=8)
     (said,) = [record.getMessage() for record in caplog.records]
-    assert "MixtralExperts" in said and "model.layers.0.mlp.experts.gate_up_proj" in said
+    assert "Llama4TextExperts" in said and "model.layers.0.feed_forward.experts.gate_up_proj" in said
