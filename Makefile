@@ -58,7 +58,7 @@ mutants: $(VENV)/installed
 attacks: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python -W ignore tests/attacks/run_attacks.py
 
-# Ten times as many damaged files as the tests read; some twenty minutes.
+# Ten times as many damaged files as the tests read; some twenty to forty minutes.
 fuzz: $(VENV)/installed
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/read_damaged.py 20000
 

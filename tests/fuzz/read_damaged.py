@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, nargs="?", default=20_000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", default="", help="prepared, adapter or checkpoint")
+    parser.add_argument("--only", default="", help="one of the doors")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
