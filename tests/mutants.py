@@ -217,7 +217,14 @@ MUTANTS = (
         "memory/methods.py",
         "dense = [] if own else",
         "dense = [] if True else",
-        ("memory/test_experts.py",),
+        ("memory/test_bytes_of_experts.py",),
+    ),
+    Mutant(
+        "qsvft info stumbles over a config whose classes are no names",
+        "cli/info.py",
+        "if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):",
+        "if False:",
+        ("checkpoint/prepared/test_check.py::test_info_refuses_a_config_whose_classes_are_no_names",),
     ),
     Mutant(
         "a router is taken for a linear layer",

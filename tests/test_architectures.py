@@ -212,7 +212,8 @@ def test_the_whole_flow_from_checkpoint_to_merged_checkpoint(family, tmp_path, f
     found = outputs(architecture, merged)
     assert type(merged).__name__ == architecture.model
     assert not any("qsvft" in name or "lora" in name for name in merged.state_dict())
-    assert error(found, expected) < 0.05
+    # A rounding of the merged weight may send a token to another expert.
+    assert error(found, expected) < (0.1 if architecture.experts else 0.05)
     merged.save_pretrained(tmp_path / "merged")
     plain = architecture.load(tmp_path / "merged")
     assert torch.equal(outputs(architecture, plain), found)

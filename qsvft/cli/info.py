@@ -51,9 +51,15 @@ def _of(folder: Path, verify: bool) -> Iterator[tuple[str, str]]:
             f"{folder}: found a model that qsvft did not prepare; expected a prepared directory or an adapter. Prepare "
             f"it: qsvft prepare {folder} TARGET."
         )
+    classes = config.get("architectures") or [config.get("model_type")]
+    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+        raise ValueError(
+            f"{folder / 'config.json'}: found architectures={classes!r}, expected names of classes. Copy the directory "
+            "again, or prepare the checkpoint again."
+        )
     held = open_prepared(folder)
     held.check(values=verify, progress=verify)
-    yield "prepared", f"{', '.join(config.get('architectures') or [str(config.get('model_type'))])}, {_size(held)}"
+    yield "prepared", f"{', '.join(classes)}, {_size(held)}"
     yield "weights", f"{record.get('bits')} bits, {record.get('compute_dtype')} before"
     yield "factors", _factors(FactorFiles(held.files.paths))
     yield "made by", ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())

@@ -81,7 +81,7 @@ class Command:
 
 _WHERE = re.compile(
     r"\.json|\.safetensors|quantization_config|QSVFTConfig\.|layers\.\d|lm_head|embed_tokens|norm\b"
-    r"|modules?\b|adapter|task type",
+    r"|modules?\b|target_parameters|adapter|task type",
     re.I,
 )
 

@@ -362,6 +362,16 @@ def test_info_refuses_in_one_line_what_is_not_whole(streamed, llama, tmp_path):
         assert result.exit_code == 2 and words in result.output and len(result.output.splitlines()) == 1
 
 
+@pytest.mark.parametrize("classes", [[None], ["LlamaForCausalLM", 3], "LlamaForCausalLM", {"x": 1}])
+def test_info_refuses_a_config_whose_classes_are_no_names(streamed, tmp_path, classes):
+    folder = shutil.copytree(streamed, tmp_path / "prepared")
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = info(folder)
+    assert result.exit_code == 2 and "config.json: found architectures=" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
 def test_info_says_what_an_adapter_is(streamed, tmp_path):
     model = qsvft.from_pretrained(streamed, progress=False)
     model.save_pretrained(tmp_path / "adapter")
