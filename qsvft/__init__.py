@@ -11,6 +11,7 @@ from .storage import bitsandbytes_notices as bitsandbytes_notices  # before anyt
 
 # isort: split
 from .checkpoint.making.streaming import prepare_checkpoint
+from .exporting import export
 from .lean import vocabulary as vocabulary
 from .lean.chunked_loss import disable_chunked_loss, enable_chunked_loss
 from .loading import from_pretrained
@@ -36,6 +37,7 @@ __all__ = [
     "describe",
     "disable_chunked_loss",
     "enable_chunked_loss",
+    "export",
     "from_pretrained",
     "held_bytes",
     "prepare",

@@ -119,8 +119,10 @@ def from_pretrained(
             options = options_to_fit(job.model, fit, job.bits, lean, fields, calibration, residual, progress)
             job, fit = replace(job, given=with_basis(without_switches(options)[1], calibration, residual)), None
         source = job
-        undecomposed = _without_directions(job)
-        path_or_id, hub = prepared_in_cache(undecomposed, cache_dir, workers, chosen_device(device), progress), {}
+        path_or_id, hub = (
+            prepared_in_cache(job.without_directions(), cache_dir, workers, chosen_device(device), progress),
+            {},
+        )
     model, record = _load(path_or_id, bits, dtype, device_map, hub)
     if verify:
         open_prepared(model.hf_quantizer.folder).check(values=True, progress=progress)
@@ -152,15 +154,6 @@ def from_pretrained(
     if config is not None and calibration is not None:
         seen = Calibration(config, calibration, source.weights() if source is not None and config.gives_back else None)
     return attach_lean(model, attach, switches, progress, seen)
-
-
-def _without_directions(job: Job) -> Job:
-    """Where the directions come from data nothing is decomposed: one prepared directory serves all such adapters."""
-    config = job.options.config
-    if config.basis != "data":
-        return job
-    said = {name: value for name in ("modules_to_save", "task_type") if (value := getattr(config, name)) is not None}
-    return replace(job, config=None, given={"basis": "data", **said})
 
 
 def _options_of(

@@ -70,6 +70,13 @@ def test_decomposition(tmp_path):
     assert 0.9 < energy["flat (Marchenko-Pastur)"] < energy["j^-1.0"] < 1 + 1e-9 and "randomized" in shown
 
 
+def test_export(tmp_path):
+    sizes = ("--width", "128", "--layers", "1", "2", "--rank", "8")
+    shown, figures = run("export.py", tmp_path, str(tmp_path / "models"), *sizes)
+    assert all(row["before"] <= row["anonymous"] and 0 < row["error"] < 5e-3 for row in figures["rows"])
+    assert "predicted for 32 of them" in shown
+
+
 @pytest.mark.slow
 def test_streaming(tmp_path):
     sizes = ("--width", "128", "--layers", "1", "2", "--factor-bits", "4")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(qsvft.__file__).parent
 LONGEST_CHAIN = 18
 ROOMS = {"maths", "storage", "lean", "tuner", "checkpoint", "memory", "cli"}
-DOORS = {"prepare", "loading", "merging", "use_factors"}
+DOORS = {"prepare", "loading", "exporting", "merging", "use_factors"}
 
 
 @pytest.fixture(scope="module")

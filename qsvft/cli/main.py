@@ -9,6 +9,7 @@ import typer
 
 from ..version import __version__
 from .errors import OneLineErrors
+from .export import export_command
 from .info import info
 from .merge import merge
 from .prepare import prepare
@@ -17,6 +18,7 @@ from .profile import profile
 app = typer.Typer(
     name="qsvft", cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
+app.command("export")(export_command)
 app.command("info")(info)
 app.command("merge")(merge)
 app.command("prepare")(prepare)

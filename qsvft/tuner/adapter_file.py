@@ -141,24 +141,31 @@ class AdapterReader:
                     )
             elif key not in saved_whole:
                 self._pass_over_base(key, model)
-        digests = {name: self._check_layer(name, layer, adapter) for name, layer in bare.items()}
+        digests = {name: self.check_layer(name, layer, adapter) for name, layer in bare.items()}
         whole = {key: self.parameters[key] for key in saved_whole if key in self.parameters}
-        self._check_whole(digests, whole, adapter)
-        self._say_other_base(bare)
+        self.check_whole(digests, whole, adapter)
+        self.say_other_base({name: layer.base_digest for name, layer in bare.items()})
 
-    def _say_other_base(self, layers: Mapping[str, QSVFTLinear]) -> None:
-        """A weight that is not the same bit for bit, though no probe feels it, is damaged or was made otherwise."""
-        here = {name: layer.base_digest for name, layer in layers.items()}
+    def coefficients(self, name: str) -> Tensor:
+        """M of a layer, as it is in the file."""
+        return self._find(name, _M)
+
+    def say_other_base(self, here: Mapping[str, bytes]) -> None:
+        """A weight that is not the same bit for bit, though no probe feels it, is damaged or was made otherwise.
+
+        Args:
+            here: SHA-256 of the layers' weights, by their names.
+        """
         other = [name for name in here if bytes(self._find(name, "qsvft_base").cpu().tolist()) != here[name]]
         if other:
             logger.warning(
                 "the weights of %d of %d layers, such as %s, are not bit for bit those that the adapter was trained "
                 "on; its probes differ by at most %g. They may be of another dtype or quantised on another device, or "
                 "the checkpoint is damaged.",
-                *(len(other), len(layers), other[0], TOLERANCE),
+                *(len(other), len(here), other[0], TOLERANCE),
             )
 
-    def _check_whole(self, digests: dict[str, Tensor], whole: dict[str, Tensor], adapter: str) -> None:
+    def check_whole(self, digests: dict[str, Tensor], whole: dict[str, Tensor], adapter: str) -> None:
         """That all layers and modules in the file are of one save; a file from before does not say so."""
         expected = next((tensor for key, tensor in self.records.items() if key.endswith(_WHOLE)), None)
         if expected is None and not self._from_before:
@@ -195,8 +202,12 @@ class AdapterReader:
             "The file is incomplete, or was not written by qsvft: save the adapter again."
         )
 
-    def _check_layer(self, name: str, layer: QSVFTLinear, adapter: str) -> Tensor:
-        """The layer's digest, which its tensors match."""
+    def check_layer(self, name: str, layer: QSVFTLinear, adapter: str) -> Tensor:
+        """The layer's digest, which its tensors match.
+
+        Raises:
+            ValueError: they do not, or the base is another.
+        """
         M, probe = self._find(name, _M), self._find(name, _PROBE)
         base, digest = self._find(name, "qsvft_base"), self._find(name, "qsvft_digest")
         expected = layer.M(adapter)

@@ -195,7 +195,7 @@ class QSVFTLinear(AdaptedLinear):
         return self.settings[adapter].residual_base and isinstance(self.base_layer, ResidualLinear)
 
     def _residual_coefficients(self, adapters: list[str], h: Tensor) -> Tensor:
-        z = [self.pattern(name).product(h, self.M(name), self._scale_of(name)) for name in adapters]
+        z = [self.pattern(name).product(h, self.M(name), self.scale_of(name)) for name in adapters]
         return sum(z[1:], z[0])
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -219,7 +219,7 @@ class QSVFTLinear(AdaptedLinear):
     def _apply_form(self, adapter: str, base: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
         M = self.M(adapter) if values is None else values
         pattern, form = self.pattern(adapter), self.forms[adapter]
-        scale = self._scale_of(adapter)
+        scale = self.scale_of(adapter)
         if form.kind == "both":
             U, V = self.basis(form.outward), self.basis(form.inward)
             E = None if form.error is None else self.basis(form.error)
@@ -230,7 +230,7 @@ class QSVFTLinear(AdaptedLinear):
             return input_side_update(base, a, basis, scale, M, pattern)
         return output_side_update(base, a, basis, scale, M, pattern)
 
-    def _scale_of(self, adapter: str) -> Tensor | float | None:
+    def scale_of(self, adapter: str) -> Tensor | float | None:
         """What multiplies the rows (or columns) of M: alpha, over s in a one-sided form; None where that is 1."""
         if self.forms[adapter].kind != "both":
             return self.qsvft_scale[adapter]

@@ -107,6 +107,15 @@ class Job:
         """Of the plan."""
         return plan_digest(self.units, self.options)
 
+    def without_directions(self) -> Job:
+        """Where the directions come from data nothing is decomposed: one directory serves all such adapters."""
+        config = self.options.config
+        if config.basis != "data":
+            return self
+        named = ("modules_to_save", "task_type")
+        said = {name: value for name in named if (value := getattr(config, name)) is not None}
+        return replace(self, config=None, given={"basis": "data", **said})
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The linear layers' names with their weights (m, n) as they are in the checkpoint, one unit at a time."""
         for unit in self.units:

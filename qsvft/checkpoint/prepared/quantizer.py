@@ -27,18 +27,16 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ...storage.alignment import own_tensors
-from ...storage.experts import expert_parameters, split_experts
 from ...storage.factor_files import FactorFiles
 from ...storage.quantization import BITS, disable_cpu_repacking, linear_names
-from ...storage.residual import ResidualLinear
 from ...storage.tensor_index import INDEX_NAME, SINGLE_NAME
 from ...storage.weights import dtype_name
 from ...tuner.config import QSVFTConfig
-from ...tuner.form import form_of
 from ...tuner.targets import shape_of
 from ...version import __version__
 from .check import Prepared, open_prepared
 from .digests import CONFIG, TENSORS, as_text, config_sha256, tensor_record
+from .layers import names_in_files, split_as_held, with_directions
 from .model_state import state_of
 from .record import METHOD, recorded_fields
 
@@ -141,7 +139,7 @@ class PreparedQuantizer(HfQuantizer):
         prepared = open_prepared(_folder(model.name_or_path, kwargs.get("checkpoint_files")))
         prepared.check()
         self.folder, self._files = prepared.folder, FactorFiles(prepared.files.paths)
-        _split_as_held(prepared, model)
+        split_as_held(prepared, model)
         held = {name: _quantised_shape(prepared, model, name) for name in linear_names(model)}
         _check_shapes(prepared, model, held)
         # Another class may have linear layers that the directory does not: a fresh head is no layer of 4 bits.
@@ -222,26 +220,9 @@ def _folder(name: str, files: Sequence[str] | None) -> Path:
     return Path(files[0]).parent
 
 
-def _split_as_held(prepared: Prepared, model: PreTrainedModel) -> None:
-    """Let linear layers stand for experts where the directory has them."""
-    held = {
-        name
-        for name, module in model.named_modules()
-        for leaf in expert_parameters(module)
-        if any(f"{one}.{leaf}.0.weight" in prepared.entries for one in _names_in_files(model, name))
-    }
-    split_experts(model, only=held)
-
-
-def _names_in_files(model: PreTrainedModel, name: str) -> tuple[str, ...]:
-    """What a module may be called in a directory: its name, with the prefix of the base model or without it."""
-    prefix = f"{model.base_model_prefix}."
-    return name, f"{prefix}{name}", name.removeprefix(prefix)
-
-
 def _quantised_shape(prepared: Prepared, model: PreTrainedModel, name: str) -> list[int] | None:
     """Of a linear layer's weight, if the directory holds it quantised, under its name with or without a prefix."""
-    found = (prepared.quantised_shape(one) for one in _names_in_files(model, name))
+    found = (prepared.quantised_shape(one) for one in names_in_files(model, name))
     return next((shape for shape in found if shape is not None), None)
 
 
@@ -277,18 +258,7 @@ def _add_directions(model: PreTrainedModel, files: FactorFiles, config: Prepared
     """Put the singular directions beside the quantised residuals."""
     adapter = QSVFTConfig(**config.adapter)
     for name, key, rank in files.residuals():
-        layer: Any = model.get_submodule(name)
-        form, device = form_of(adapter, (layer.out_features, layer.in_features), rank), layer.weight.device
-        V = files.basis(name, form.inward, rank, layer.in_features, device)
-        U = files.basis(name, form.outward, rank, layer.out_features, device)
-        if U is None or V is None:
-            raise ValueError(
-                f"{name}: its weight is a residual, and the directions beside it ({form.inward}, {form.outward}) "
-                "are not stored; expected both. The directory is incomplete: copy it again, or prepare the checkpoint "
-                "again."
-            )
-        s = files.residual_lengths(name, key, rank, device)
-        model.set_submodule(name, ResidualLinear(layer, U, V, s, form.method))
+        model.set_submodule(name, with_directions(model.get_submodule(name), name, key, rank, files, adapter))
 
 
 def mark_prepared(model: nn.Module, adapter: dict[str, Any]) -> None:

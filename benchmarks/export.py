@@ -1,0 +1,108 @@
+"""How long an adapter of a 7B takes to become a LoRA, and in how much memory, layer by layer.
+
+    python benchmarks/export.py FOLDER [--layers 2 4] [--width 4096] [--rank 128] [--json FILE]
+
+Makes Llama checkpoints of random bf16 weights in FOLDER, which differ in their number of layers alone, prepares each
+and saves an adapter with random M, which is exported in a process of its own. Memory is what that process holds itself
+(RssAnon of Linux), and what it held before the work began. Of two sizes what a layer more takes, times 32, is about
+that of a whole model: so it is predicted, and not measured, unless --layers 32 (17 GiB of disk, half an hour).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from streaming import GIB, Memory, make_checkpoint, resident
+
+
+def make_adapter(base: Path, folder: Path) -> None:
+    """An adapter of a prepared base, with random M."""
+    import qsvft
+
+    model = qsvft.from_pretrained(base, progress=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "qsvft_M" in name:
+                parameter.normal_(std=0.01)
+    model.save_pretrained(folder)
+
+
+def export(adapter: str, target: str, base: str) -> dict[str, float]:
+    import qsvft
+
+    before, start = resident()["RssAnon"], time.perf_counter()
+    with Memory() as memory:
+        found = qsvft.export(adapter, target, base=base, progress=False)
+    return {
+        "seconds": time.perf_counter() - start,
+        "before": before,
+        "anonymous": memory.anonymous,
+        "mapped": memory.mapped,
+        "rank": found.rank or 0,
+        "error": found.error,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--json", type=Path)
+    parsed = parser.parse_args()
+    import qsvft
+
+    rows = []
+    for layers in parsed.layers:
+        source, base, adapter, target = (
+            parsed.folder / f"{name}-{layers}" for name in ("llama", "prepared", "adapter", "lora")
+        )
+        for path in (source, base, adapter, target):
+            shutil.rmtree(path, ignore_errors=True)
+        make_checkpoint(source, layers, parsed.width)
+        qsvft.prepare_checkpoint(source, base, rank=parsed.rank)
+        make_adapter(base, adapter)
+        command = [sys.executable, "-W", "ignore", __file__, "export", str(adapter), str(target), str(base)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append({"layers": layers, **json.loads(done.stdout.splitlines()[-1])})
+    show(rows, parsed.width)
+    if parsed.json:
+        parsed.json.write_text(json.dumps({"rows": rows, "width": parsed.width}, indent=2))
+
+
+def show(rows: list[dict[str, float]], width: int) -> None:
+    table = Table(title=f"a LoRA of rank {rows[0]['rank']}, width {width}, {torch.get_num_threads()} threads")
+    for heading in ("layers", "seconds", "GiB at start", "at its peak", "mapped", "off"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        sizes = (f"{row[name] / GIB:.2f}" for name in ("before", "anonymous", "mapped"))
+        table.add_row(f"{row['layers']}", f"{row['seconds']:.1f}", *sizes, f"{row['error']:.2%}")
+    console = Console(width=120)
+    console.print(table)
+    if len(rows) > 1:
+        few, many = rows[0], rows[-1]
+        count = many["layers"] - few["layers"]
+        whole = {
+            name: many[name] + (many[name] - few[name]) / count * (32 - many["layers"])
+            for name in ("seconds", "anonymous")
+        }
+        console.print(
+            f"predicted for 32 of them: {whole['seconds']:.0f} s, {whole['anonymous'] / GIB:.2f} GiB", highlight=False
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["export"]:
+        print(json.dumps(export(*sys.argv[2:5])))
+    else:
+        main()

@@ -1,0 +1,38 @@
+"""``qsvft export ADAPTER TARGET``: a trained adapter as a LoRA that other programs take, or as a dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..exporting import FORMATS, ONTO, RANKS, Exported, export
+from .errors import bad_input
+from .quiet import quiet
+
+
+def export_command(
+    adapter: Annotated[str, typer.Argument(help="A directory with an adapter, or a hub id.")],
+    target: Annotated[Path, typer.Argument(help="The directory to make.")],
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "lora",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Of the LoRA: {', '.join(map(str, RANKS))}; left out, the least that holds the whole change."
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if not the one that the adapter names.")] = None,
+    onto: Annotated[
+        str, typer.Option(help=f"One of {', '.join(ONTO)}: the base as the adapter had it, or before it was rounded.")
+    ] = "held",
+    dtype: Annotated[str, typer.Option(help="Of the LoRA.")] = "bfloat16",
+) -> None:
+    """Write an adapter in a form that PEFT, vLLM and llama.cpp take: a LoRA, or the dense model that it makes."""
+    with quiet(), bad_input():
+        done = export(adapter, target, format=format, rank=rank, base=base, onto=onto, dtype=dtype, report=_show)
+    typer.echo(f"written: {done.folder}")
+
+
+def _show(found: Exported) -> None:
+    typer.echo(str(found))

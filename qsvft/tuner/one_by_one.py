@@ -1,0 +1,76 @@
+"""An adapter's layers one after another, each checked as loading checks it, without the model that they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..storage.factor_files import FactorSource
+from ..storage.tensor_files import TensorFiles
+from .adapter_file import PREFIX, AdapterReader
+from .config import QSVFTConfig
+from .layer import QSVFTLinear
+from .sources import Sources, sources_of, weights_file
+from .tasks import whole
+
+ADAPTER = "default"
+_M, _PROBE = ".qsvft_M.weight", ".qsvft_probe"
+
+
+class SavedAdapter:
+    """An adapter as it was saved.
+
+    Args:
+        config: read from its folder.
+
+    Raises:
+        ValueError: it has no file of weights, or that is damaged.
+    """
+
+    def __init__(self, config: QSVFTConfig) -> None:
+        path = weights_file(*config.where_read) if config.where_read is not None else None
+        if path is None:
+            where = config.where_read[0] if config.where_read is not None else "the adapter"
+            raise ValueError(f"{where}: found no adapter_model.safetensors; expected a saved adapter's folder.")
+        files = TensorFiles.from_file(path)
+        held = (config.base or {}).get("weights")
+        self.config, self.path = config, path
+        self._reader = AdapterReader({name: files.read(name) for name in files.paths}, config, {"weights": held})
+        self._sources = sources_of(config, nn.Module())
+        parameters = self._reader.parameters
+        self.names = [key.removeprefix(PREFIX).removesuffix(_M) for key in parameters if key.endswith(_M)]
+        """Of its layers, in the model."""
+        self.trained_whole = {key: tensor for key, tensor in parameters.items() if self._is_whole(key)}
+        """What trains beside M, by its keys in the file: modules, biases, rows of embeddings."""
+
+    def _is_whole(self, key: str) -> bool:
+        if key.endswith((_M, _PROBE)):
+            return False
+        named = any(f".{name}." in f".{key}" for name in whole(self.config))
+        return named or ".token_adapter." in key or (self.config.bias != "none" and key.endswith(".bias"))
+
+    def layers(
+        self, base: Callable[[str], nn.Module], factors: FactorSource | None = None
+    ) -> Iterator[tuple[str, QSVFTLinear]]:
+        """Each layer with its M, on its base; what binds all of them is checked after the last.
+
+        Args:
+            base: gives a layer's base by its name.
+            factors: where factors are that the adapter does not bring along.
+
+        Raises:
+            ValueError: what loading the adapter refuses.
+        """
+        sources = Sources(self._sources.own, None, factors)
+        digests: dict[str, Tensor] = {}
+        here: dict[str, bytes] = {}
+        for name in self.names:
+            layer = QSVFTLinear(base(name), ADAPTER, self.config, name, sources)
+            digests[name], here[name] = self._reader.check_layer(name, layer, ADAPTER), layer.base_digest
+            with torch.no_grad():
+                layer.M(ADAPTER).copy_(self._reader.coefficients(name))
+            yield name, layer
+        self._reader.check_whole(digests, self.trained_whole, ADAPTER)
+        self._reader.say_other_base(here)
