@@ -4,8 +4,9 @@
 
 Makes Llama checkpoints of random bf16 weights in FOLDER, which differ in their number of layers alone, prepares each
 and saves an adapter with random M, which is exported in a process of its own. Memory is what that process holds itself
-(RssAnon of Linux), and what it held before the work began. Of two sizes what a layer more takes, times 32, is about
-that of a whole model: so it is predicted, and not measured, unless --layers 32 (17 GiB of disk, half an hour).
+(RssAnon of Linux), and what it held before the work began. Of two sizes the seconds that a layer more takes, times 32,
+are about those of a whole model, and its memory is that of the smaller one and the whole LoRA: so it is predicted, and
+not measured, unless --layers 32 (17 GiB of disk, half an hour).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def export(adapter: str, target: str, base: str) -> dict[str, float]:
         "mapped": memory.mapped,
         "rank": found.rank or 0,
         "error": found.error,
+        "written": (Path(target) / "adapter_model.safetensors").stat().st_size,
     }
 
 
@@ -91,14 +93,11 @@ def show(rows: list[dict[str, float]], width: int) -> None:
     console.print(table)
     if len(rows) > 1:
         few, many = rows[0], rows[-1]
-        count = many["layers"] - few["layers"]
-        whole = {
-            name: many[name] + (many[name] - few[name]) / count * (32 - many["layers"])
-            for name in ("seconds", "anonymous")
-        }
-        console.print(
-            f"predicted for 32 of them: {whole['seconds']:.0f} s, {whole['anonymous'] / GIB:.2f} GiB", highlight=False
-        )
+        layer = (many["seconds"] - few["seconds"]) / (many["layers"] - few["layers"])
+        seconds = many["seconds"] + layer * (32 - many["layers"])
+        # The LoRA grows with the layers; what one of them takes meanwhile does not.
+        held = few["anonymous"] + 32 * many["written"] / many["layers"]
+        console.print(f"predicted for 32 of them: {seconds:.0f} s, {held / GIB:.2f} GiB", highlight=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from .checkpoint.making.streaming import prepare_checkpoint
 from .exporting import export
 from .lean import vocabulary as vocabulary
 from .lean.chunked_loss import disable_chunked_loss, enable_chunked_loss
-from .loading import from_pretrained
+from .loading import from_pretrained, load
 from .memory import MemoryReport, Recommendation, describe, held_bytes, profile, recommend
 from .prepare import prepare
 from .storage import blocks_over_rows as blocks_over_rows
@@ -40,6 +40,7 @@ __all__ = [
     "export",
     "from_pretrained",
     "held_bytes",
+    "load",
     "prepare",
     "prepare_checkpoint",
     "profile",

@@ -33,9 +33,36 @@ from .storage.json_files import read_object
 from .storage.tensor_index import INDEX_NAME, read_index
 from .tuner.calibration import check_calibration, with_basis
 from .tuner.config import QSVFTConfig
+from .tuner.heads import Head, for_base, head_of
 from .tuner.targets import check_targets
 from .tuner.tasks import config_for, left_whole, whole
 from .use_factors import use_factors
+
+
+def load(adapter: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, **options: Any) -> PeftModel:
+    """Load a trained adapter on its base: base, revision, bits, dtype and factors are found from what it records.
+
+        model = qsvft.load("adapter").eval()
+
+    Args:
+        adapter: a directory or a hub id.
+        base: a prepared directory or the checkpoint, if it is elsewhere than the adapter says.
+        **options: of :func:`from_pretrained`: device_map, cache_dir, verify, progress, switches such as chunked_loss.
+
+    Returns:
+        A ``peft.PeftModel``; the adapter stays trainable.
+
+    Raises:
+        ValueError: the adapter names no base, or does not fit it; everything that :func:`from_pretrained` refuses.
+        OSError: no base at that place.
+    """
+    config = QSVFTConfig.from_pretrained(str(adapter))
+    found = base if base is not None else config.base_model_name_or_path
+    if not found:
+        raise ValueError(f"{adapter}: names no base model; expected one. Give it: qsvft.load(adapter, base=...).")
+    if base is None:
+        options.setdefault("revision", config.revision)
+    return from_pretrained(found, adapter=adapter, **options)
 
 
 @shows(Switches, QSVFTConfig)
@@ -71,7 +98,8 @@ def from_pretrained(
         bits: 4 (NF4, the default), 8 or 16; of a prepared directory those that it holds.
         fit: a card to fit a training step on, such as "8GiB", see :func:`prepare`. For a prepared directory only what
             its factors leave open is chosen: gradient checkpointing, offload, how the embeddings are held.
-        adapter: a trained adapter to load, a directory or a hub id, in place of a new one; it stays trainable.
+        adapter: a trained adapter to load, a directory or a hub id, in place of a new one; it stays trainable. Bits and
+            dtype of a checkpoint are those that it was trained with, and the model's class is that of its head.
         config: a whole :class:`QSVFTConfig` for a new adapter; give this or single options.
         adapter_name: name of the adapter.
         calibration: batches of what is to be trained on, for the directions of ``basis="data"``, see :func:`prepare`.
@@ -110,20 +138,26 @@ def from_pretrained(
     _check_json(Path(path_or_id))
     hub: dict[str, Any] = {"revision": revision, "token": token}
     options, source = {**lean, **fields}, None
+    wanted = config if adapter is None else QSVFTConfig.from_pretrained(str(adapter))
+    head = head_of(wanted, _read_config(path_or_id, hub)) if adapter is not None and wanted is not None else Head()
     if prepared_record(_read_config(path_or_id, hub)) is None:
-        wanted, held = (config, 4) if adapter is None else _of_adapter(adapter)
-        residual = (held if bits is None else bits) == 4
-        given = with_basis(fields, calibration, residual) if wanted is None else fields
-        job = open_job(path_or_id, held if bits is None else bits, wanted, given, dtype=dtype, **hub)
+        held = wanted.held_base() if adapter is not None and wanted is not None else {}
+        base_bits, dtype = bits if bits is not None else held.get("bits", 4), dtype or held.get("dtype")
+        given = with_basis(fields, calibration, base_bits == 4) if wanted is None else fields
+        named = None if wanted is None else for_base(wanted, head)
+        job = open_job(path_or_id, base_bits, named, given, dtype=dtype, **hub)
         if fit is not None:
-            options = options_to_fit(job.model, fit, job.bits, lean, fields, calibration, residual, progress)
-            job, fit = replace(job, given=with_basis(without_switches(options)[1], calibration, residual)), None
+            four = base_bits == 4
+            options = options_to_fit(job.model, fit, job.bits, lean, fields, calibration, four, progress)
+            job, fit = replace(job, given=with_basis(without_switches(options)[1], calibration, four)), None
         source = job
         path_or_id, hub = (
             prepared_in_cache(job.without_directions(), cache_dir, workers, chosen_device(device), progress),
             {},
         )
-    model, record = _load(path_or_id, bits, dtype, device_map, hub)
+    model, record = _load(path_or_id, bits, dtype, device_map, hub, head)
+    if source is not None:  # adapters name the checkpoint, and not where it is kept here
+        model.name_or_path = model.config.name_or_path = source.checkpoint.name
     if verify:
         open_prepared(model.hf_quantizer.folder).check(values=True, progress=progress)
     if fit is not None:
@@ -172,6 +206,7 @@ def _load(
     dtype: torch.dtype | str | None,
     device_map: Any,
     hub: dict[str, Any],
+    head: Head,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model in a prepared directory, and the directory's record."""
     read = _read_config(path_or_id, hub)
@@ -180,7 +215,8 @@ def _load(
     if record and os.path.isdir(path_or_id):
         _check_record(path_or_id, record)
         check_config(path_or_id)  # before a model is built of it
-    model = load_base(read, path_or_id, dtype=chosen_dtype(dtype) or "auto", device_map=device_map, **hub)
+    options = {**head.options, "dtype": chosen_dtype(dtype) or "auto", "device_map": device_map, **hub}
+    model = load_base(read, path_or_id, head.brought, head.kind, **options)
     return model, record
 
 
@@ -190,12 +226,6 @@ def _hold_vocabulary(model: PreTrainedModel, bits: int, config: QSVFTConfig | No
     check_embeddings(model, bits, skip_modules=trained_whole)
     if bits != 16:
         quantize_embeddings(model, bits, skip_modules=trained_whole)
-
-
-def _of_adapter(adapter: str | os.PathLike[str]) -> tuple[QSVFTConfig, int]:
-    """The config of an adapter, and the bits of the base that it was made on: how its base is to be prepared."""
-    config = QSVFTConfig.from_pretrained(str(adapter))
-    return config, config.held_base().get("bits", 4)
 
 
 def _check_json(folder: Path) -> None:

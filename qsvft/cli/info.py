@@ -94,7 +94,7 @@ def _of_adapter(folder: Path) -> Iterator[tuple[str, str]]:
     yield "base", f"{base or 'not named'}{f', in {bits} bits' if bits else ''}"
     yield "factors", "in the adapter" if config.include_factors else "of the base, compared when it is loaded"
     yield "whole", "M is finite; its digests are compared when it is loaded onto its base"
-    yield "to load", f"qsvft.from_pretrained({(base or 'BASE')!r}, adapter={str(folder)!r})"
+    yield "to load", f"qsvft.load({str(folder)!r}{'' if base else ', base=BASE'})"
 
 
 def _whole(config: QSVFTConfig) -> str:

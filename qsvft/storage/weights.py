@@ -217,7 +217,7 @@ def describe_base(layer: nn.Module) -> dict[str, Any]:
             "dtype": dtype_name(state.dtype),
         }
     if isinstance(layer, bnb.nn.Linear8bitLt):
-        return {"bits": 8, "quant_type": "int8"}
+        return {"bits": 8, "quant_type": "int8", "dtype": dtype_name(dense_dtype(layer))}
     kind = "none" if isinstance(layer, (nn.Linear, Conv1D)) else type(layer).__name__
     return {"bits": 16, "quant_type": kind, "dtype": dtype_name(getattr(weight, "dtype", None))}
 

@@ -9,7 +9,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -48,7 +50,7 @@ def prepared_in_cache(
     Raises:
         OSError: the cache cannot be written.
     """
-    identity = json.dumps([job.digest, job.checkpoint.fingerprint()], sort_keys=True)
+    identity = json.dumps([_what(job), job.checkpoint.fingerprint()], sort_keys=True, default=str)
     name = re.sub(r"[^\w.-]+", "-", Path(job.checkpoint.name).name)[:64]
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = (default_cache() if cache_dir is None else Path(cache_dir)) / f"{name}-{digest}"
@@ -57,6 +59,15 @@ def prepared_in_cache(
             if not is_finished(folder):
                 run_job(job, job.target(folder), workers, device, progress)
     return folder
+
+
+def _what(job: Job) -> list[Any]:
+    """What is prepared. Which layers are decomposed is said by their names: a trained adapter's config has these in
+    place of "all-linear", and is for the same directory."""
+    record = job.options.record()
+    if decomposed := [unit.name for unit in job.units if unit.stored is not None]:
+        record["adapter"]["target_modules"] = sorted(decomposed)
+    return [record, [asdict(unit) for unit in job.units]]
 
 
 @contextmanager

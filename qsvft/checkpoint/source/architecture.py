@@ -62,7 +62,11 @@ _OF_VALUES = (TypeError, AttributeError, LookupError, ArithmeticError, Recursion
 
 
 def load_base(
-    config: PretrainedConfig | None, path_or_id: str | os.PathLike[str], brought: Collection[str] = (), **options: Any
+    config: PretrainedConfig | None,
+    path_or_id: str | os.PathLike[str],
+    brought: Collection[str] = (),
+    kind: Any = None,
+    **options: Any,
 ) -> Any:
     """The model of a checkpoint, of the class that its config names, a causal language model where it names none.
 
@@ -70,6 +74,7 @@ def load_base(
         config: the checkpoint's.
         path_or_id: where it is.
         brought: modules that it may lack, by any part of their names, since an adapter has them.
+        kind: another class than the config names, whose head an adapter brings.
         **options: as in transformers' ``from_pretrained``.
 
     Raises:
@@ -79,7 +84,9 @@ def load_base(
     index = Path(path_or_id, INDEX_NAME)
     if index.is_file():
         read_index(index)  # transformers would go where it points
-    cls: Any = getattr(transformers, _class_name(config), AutoModelForCausalLM)
+    cls: Any = kind if kind is not None else getattr(transformers, _class_name(config), AutoModelForCausalLM)
+    if kind is not None:  # the base may have a head of its own, of another size
+        options["ignore_mismatched_sizes"] = True
     try:
         model, report = cls.from_pretrained(path_or_id, output_loading_info=True, trust_remote_code=False, **options)
     except _OF_VALUES as error:
@@ -88,7 +95,8 @@ def load_base(
             f"generation_config.json ({type(error).__name__}: {_first_line(error)}). One of them seems damaged: copy "
             "or download the checkpoint again."
         ) from error
-    missing = sorted(key for key in report["missing_keys"] if not under(key, brought))
+    other = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    missing = sorted(key for key in {*report["missing_keys"], *other} if not under(key, brought))
     if missing:
         raise ValueError(
             f"{path_or_id}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as "
