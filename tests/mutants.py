@@ -220,6 +220,20 @@ MUTANTS = (
         ("memory/test_bytes_of_experts.py",),
     ),
     Mutant(
+        "rows of a head in few bits are those of another place",
+        "lean/rows_on_demand.py",
+        "parts = tuple(part[index] for part in self.stored.parts())",
+        "parts = tuple(part[: len(part[index])] for part in self.stored.parts())",
+        ("lean/test_rows_on_demand.py",),
+    ),
+    Mutant(
+        "all of a head in few bits is made dense without a word",
+        "lean/rows_on_demand.py",
+        "        if one is not None:\n            one.refuse()",
+        "        if one is not None:\n            return one.stored.dense(one.dtype)",
+        ("lean/test_rows_on_demand.py",),
+    ),
+    Mutant(
         "a base is prepared once more for each adapter that was trained on it",
         "checkpoint/making/cache.py",
         'record["adapter"]["target_modules"] = sorted(decomposed)',

@@ -427,6 +427,12 @@ PRIVATE_NAMES = [
         "sees the result of every operation",
         "a public name for it",
     ),
+    PrivateName(
+        "torch.Tensor._make_wrapper_subclass",
+        "lean/rows_on_demand.py",
+        "a tensor without memory of its own, which functions of other packages take and keep",
+        "a documented way to make one",
+    ),
     *(
         PrivateName(
             f"transformers.{name}",

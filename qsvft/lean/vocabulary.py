@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..maths.autocast import linear_dtype
 from ..storage.stored_matrix import Layout, Parts, StoredMatrix, dense_rows
 from ..storage.weights import check_weight
+from .rows_on_demand import RowsOnDemand
 
 BITS = (4, 8, 16)
 SLICE_ROWS = 8192
@@ -47,13 +48,15 @@ class QuantizedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            raise AttributeError(
-                f"{self.module_name}: expected a dense weight, found one in {self.stored.bits} bits. What reads the "
-                "weight itself (resize_token_embeddings, TRL's trainers on the head, a few models) needs it dense: "
-                "resize before quantising, leave quantize_embeddings at 16, or call "
-                "qsvft.vocabulary.dequantize_vocabulary(model)."
-            )
+            self._refuse_weight()
         return super().__getattr__(name)
+
+    def _refuse_weight(self) -> NoReturn:
+        raise AttributeError(
+            f"{self.module_name}: expected a dense weight, found one in {self.stored.bits} bits. What reads the "
+            "weight itself (resize_token_embeddings, a few models) needs it dense: resize before quantising, leave "
+            "quantize_embeddings at 16, or call qsvft.vocabulary.dequantize_vocabulary(model)."
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedModule:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -93,9 +96,17 @@ class QuantizedHead(QuantizedModule):
     out_features: int
     bias: Tensor | None
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            return RowsOnDemand(self.stored, self.dtype, self._product, self._refuse_weight)
+        return super().__getattr__(name)
+
     def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, self.bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = x.to(linear_dtype(x))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         y: Tensor = _Head.apply(x, bias, self.stored.layout, *self.stored.parts())
         return y
 

@@ -567,7 +567,7 @@ def test_what_needs_a_dense_weight_is_told_what_to_do(model):
     with pytest.raises(AttributeError, match=r"model\.embed_tokens: expected a dense weight, .* resize before quant"):
         model.resize_token_embeddings(200)
     with pytest.raises(AttributeError, match=r"lm_head: .* quantize_embeddings at 16, or call .*dequantize_voc"):
-        _ = model.lm_head.weight
-    assert not hasattr(model.lm_head, "weight")
+        _ = model.lm_head.weight * 2
+    assert not hasattr(model.model.embed_tokens, "weight")
     dequantize_vocabulary(model).resize_token_embeddings(200, mean_resizing=False)
     assert model.lm_head.out_features == 200
