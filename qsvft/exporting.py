@@ -261,7 +261,7 @@ class _Lora:
             [
                 "---",
                 "library_name: peft",
-                *([f"base_model: {base}"] if base else []),
+                *([f"base_model: {base}"] if base and not os.path.exists(base) else []),  # a hub id, not a place here
                 "tags: [lora, qsvft]",
                 "---",
                 "",

@@ -114,6 +114,7 @@ def test_a_smaller_rank_is_the_best_fit_and_its_error_is_said_before(llama, tmp_
     assert found.error == pytest.approx(found.errors[16], rel=1e-4)
     card = (tmp_path / "lora" / "README.md").read_text()
     assert f"| 16 | {found.errors[16]:.2%} |" in card and "tags: [lora, qsvft]" in card
+    assert "base_model" not in card  # a place on this machine
 
 
 def test_rounding_to_16_bits_is_counted(llama, tmp_path):
@@ -254,8 +255,15 @@ def test_what_loading_refuses_is_refused(exported, tmp_path, llama):
         save_file({**tensors, name: values}, damaged / "adapter_model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=message):
             qsvft.export(damaged, tmp_path / "lora", base=base, progress=False)
+    save_file({"other": torch.zeros(2)}, damaged / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: found no M in it"):
+        qsvft.export(damaged, tmp_path / "lora", base=base, progress=False)
+    (damaged / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"damaged: found no adapter_model\.safetensors"):
+        qsvft.export(damaged, tmp_path / "lora", base=base, progress=False)
     fields = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (damaged / "adapter_config.json").write_text(json.dumps(fields))
+    (damaged / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="names no base model"):
         qsvft.export(damaged, tmp_path / "lora", progress=False)
     assert not (tmp_path / "lora").exists() or not list((tmp_path / "lora").iterdir())

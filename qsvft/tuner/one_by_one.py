@@ -26,7 +26,7 @@ class SavedAdapter:
         config: read from its folder.
 
     Raises:
-        ValueError: it has no file of weights, or that is damaged.
+        ValueError: it has no file of weights, or that is damaged or holds no M.
     """
 
     def __init__(self, config: QSVFTConfig) -> None:
@@ -42,6 +42,8 @@ class SavedAdapter:
         parameters = self._reader.parameters
         self.names = [key.removeprefix(PREFIX).removesuffix(_M) for key in parameters if key.endswith(_M)]
         """Of its layers, in the model."""
+        if not self.names:
+            raise ValueError(f"{path}: found no M in it; expected one a layer. Save the adapter again.")
         self.trained_whole = {key: tensor for key, tensor in parameters.items() if self._is_whole(key)}
         """What trains beside M, by its keys in the file: modules, biases, rows of embeddings."""
 
