@@ -138,10 +138,11 @@ def from_pretrained(
     _check_json(Path(path_or_id))
     hub: dict[str, Any] = {"revision": revision, "token": token}
     options, source = {**lean, **fields}, None
-    wanted = config if adapter is None else QSVFTConfig.from_pretrained(str(adapter))
-    head = head_of(wanted, _read_config(path_or_id, hub)) if adapter is not None and wanted is not None else Head()
-    if prepared_record(_read_config(path_or_id, hub)) is None:
-        held = wanted.held_base() if adapter is not None and wanted is not None else {}
+    read, wanted, head, held = _read_config(path_or_id, hub), config, Head(), dict[str, Any]()
+    if adapter is not None:
+        wanted = QSVFTConfig.from_pretrained(str(adapter))
+        head, held = head_of(wanted, read), wanted.held_base()
+    if prepared_record(read) is None:
         base_bits, dtype = bits if bits is not None else held.get("bits", 4), dtype or held.get("dtype")
         given = with_basis(fields, calibration, base_bits == 4) if wanted is None else fields
         named = None if wanted is None else for_base(wanted, head)
@@ -151,10 +152,8 @@ def from_pretrained(
             options = options_to_fit(job.model, fit, job.bits, lean, fields, calibration, four, progress)
             job, fit = replace(job, given=with_basis(without_switches(options)[1], calibration, four)), None
         source = job
-        path_or_id, hub = (
-            prepared_in_cache(job.without_directions(), cache_dir, workers, chosen_device(device), progress),
-            {},
-        )
+        kept = prepared_in_cache(job.without_directions(), cache_dir, workers, chosen_device(device), progress)
+        path_or_id, hub = kept, {}
     model, record = _load(path_or_id, bits, dtype, device_map, hub, head)
     if source is not None:  # adapters name the checkpoint, and not where it is kept here
         model.name_or_path = model.config.name_or_path = source.checkpoint.name
