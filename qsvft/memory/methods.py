@@ -134,10 +134,10 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
     """Turn a frozen bf16 model (on meta or real) into one that the method trains, in place."""
     meta = next(model.parameters()).is_meta
     if method.bits == 4:
-        own = method.name in ("floor", "qsvft")
+        if method.name in ("floor", "qsvft"):
+            split_experts(model)
         # transformers' and bitsandbytes' 4 bits, which the others stand on, leave experts in parameters dense.
-        dense = [] if own else [name for name, module in model.named_modules() if expert_parameters(module)]
-        split_experts(model, dense)
+        dense = [name for name, module in model.named_modules() if expert_parameters(module)]
         left = _residual_layers(method, model) if method.name == "qsvft" else ()
         model = nf4_on_meta(model, left) if meta else quantize(model, 4, dense, progress=False, skip_layers=left)
     with shapes_only():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .disguise import disguised, undisguised
+from .layer_as_stored import layer_as_stored
 from .left_dense import under
 
 _SAID = ("has_gate", "has_bias", "is_transposed")
@@ -116,14 +117,10 @@ def _split(module: Any, names: Collection[str]) -> None:
     module._is_hf_initialized = True  # transformers would give numbers to parameters that are gone
 
 
-def _linear(W: nn.Parameter, b: nn.Parameter | None, number: int, transposed: bool) -> nn.Linear:
-    new = nn.Linear(1, 1, bias=False, device="meta")
+def _linear(W: nn.Parameter, b: nn.Parameter | None, number: int, transposed: bool) -> nn.Module:
     values = W.detach()[number]
-    new.weight = nn.Parameter(values.t() if transposed else values, requires_grad=W.requires_grad)
-    new.out_features, new.in_features = new.weight.shape
-    if b is not None:
-        new.bias = nn.Parameter(b.detach()[number], requires_grad=b.requires_grad)
-    return new
+    new = layer_as_stored(values.t() if transposed else values, None if b is None else b.detach()[number])
+    return new.requires_grad_(W.requires_grad)
 
 
 def _join(module: Any, name: str) -> None:

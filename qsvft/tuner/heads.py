@@ -54,7 +54,8 @@ def head_of(adapter: QSVFTConfig, base: PretrainedConfig | None) -> Head:
     kind = _OF_TASK.get(adapter.task_type, getattr(transformers, str(named), None) if brought else None)
     if kind is None:
         return Head(None, brought)
-    labels = _labels(adapter, brought)
+    classifies = kind.__name__.endswith(("Classification", "QuestionAnswering"))
+    labels = _labels(adapter, brought) if classifies else None
     other = labels is not None and labels != getattr(base, "num_labels", None)
     return Head(kind, brought, {"num_labels": labels} if other else {})
 

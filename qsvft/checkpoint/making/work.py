@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ...storage.digests import tensor_bytes
 from ...storage.factor_files import factor_tensors, length_tensors, residual_tensors
 from ...storage.factors import make_bases, measured_scale
+from ...storage.layer_as_stored import layer_as_stored
 from ...storage.quantization import quantized_linear
 from ...storage.residual import residual_linear
 from ...storage.weights import check_tensors, check_weight, dense_weight
@@ -89,15 +88,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _layer(linear: LinearLayer, read: Mapping[str, Tensor]) -> nn.Module:
     """A dense layer with the weight that was read, of the class that it has in the model."""
-    new: Any = Conv1D(1, 1) if linear.conv else nn.Linear(1, 1, bias=False, device="meta")
-    weight, bias = read[f"{linear.name}.weight"], read.get(f"{linear.name}.bias")
-    new.weight = nn.Parameter(weight, requires_grad=False)
-    new.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    if linear.conv:
-        new.nx, new.nf = weight.shape
-    else:
-        new.out_features, new.in_features = weight.shape
-    return cast(nn.Module, new)
+    return layer_as_stored(read[f"{linear.name}.weight"], read.get(f"{linear.name}.bias"), linear.conv)
 
 
 def _factors(stored: StoredForm, layer: nn.Module, options: Options, device: torch.device) -> dict[str, Tensor]:

@@ -6,13 +6,14 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...storage.basis_key import BasisKey
 from ...storage.experts import expert_parameters, split_experts
 from ...storage.factor_files import FactorFiles
+from ...storage.layer_as_stored import layer_as_stored
 from ...storage.residual import ResidualLinear
 from ...tuner.config import QSVFTConfig
 from ...tuner.form import form_of
@@ -71,7 +72,7 @@ def _layer(prepared: Prepared, name: str, plain: nn.Module, dtype: torch.dtype) 
     weight, read = f"{name}.weight", prepared.files.read
     shape = prepared.quantised_shape(name)
     if shape is None:
-        return _dense(read(weight), isinstance(plain, Conv1D))
+        return layer_as_stored(read(weight), conv=isinstance(plain, Conv1D))
     m, n = shape
     new: Any
     if weight + STATE not in prepared.entries:
@@ -83,16 +84,6 @@ def _layer(prepared: Prepared, name: str, plain: nn.Module, dtype: torch.dtype) 
         new.weight = bnb.nn.Params4bit.from_prequantized(read(weight), parts, requires_grad=False, device="cpu")
         new.quant_state, new.support_avx512bf16_for_cpu = new.weight.quant_state, False
     new.source_cls, new.qsvft_dtype = type(plain), dtype
-    return new
-
-
-def _dense(weight: Tensor, conv: bool) -> nn.Module:
-    new: Any = Conv1D(1, 1) if conv else nn.Linear(1, 1, bias=False, device="meta")
-    new.weight = nn.Parameter(weight, requires_grad=False)
-    if conv:
-        new.nx, new.nf = weight.shape
-    else:
-        new.out_features, new.in_features = weight.shape
     return new
 
 
