@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from qsvft.lean.option import Option
-from qsvft.lean.switches import SWITCHES
 from qsvft.memory.methods import COUNTED, WRITTEN
-from qsvft.tuner.config import OPTIONS
+from qsvft.options.adapter import OPTIONS
+from qsvft.options.option import Option
+from qsvft.options.switches import SWITCHES
 
 PAGE = Path(__file__).with_name("options.md")
 BEGIN, END = "<!-- written by docs/option_table.py -->\n", "<!-- up to here -->\n"

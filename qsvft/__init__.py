@@ -7,45 +7,11 @@
 Importing this package registers the method with PEFT.
 """
 
-from .storage import bitsandbytes_notices as bitsandbytes_notices  # before anything imports bitsandbytes
-
-# isort: split
-from .checkpoint.making.streaming import prepare_checkpoint
-from .exporting import export
-from .lean import vocabulary as vocabulary
-from .lean.chunked_loss import disable_chunked_loss, enable_chunked_loss
-from .loading import from_pretrained, load
-from .memory import MemoryReport, Recommendation, describe, held_bytes, profile, recommend
-from .prepare import prepare
-from .storage import blocks_over_rows as blocks_over_rows
-from .storage.quantization import quantize
-from .tuner import QSVFTConfig, QSVFTModel
-from .tuner.calibration import calibrate
-from .tuner.learning_rate import suggest_learning_rate
-from .tuner.stop_at_nan import StopAtNaN
-from .use_factors import use_factors
+from .options.started import is_the_command
 from .version import __version__
 
-__all__ = [
-    "MemoryReport",
-    "QSVFTConfig",
-    "QSVFTModel",
-    "Recommendation",
-    "StopAtNaN",
-    "__version__",
-    "calibrate",
-    "describe",
-    "disable_chunked_loss",
-    "enable_chunked_loss",
-    "export",
-    "from_pretrained",
-    "held_bytes",
-    "load",
-    "prepare",
-    "prepare_checkpoint",
-    "profile",
-    "quantize",
-    "recommend",
-    "suggest_learning_rate",
-    "use_factors",
-]
+if not is_the_command():
+    from .public import *  # noqa: F403
+    from .public import __all__ as _public
+
+    __all__ = ["__version__", *_public]

@@ -25,6 +25,7 @@ from .checkpoint.prepared.record import read_record, recorded_options
 from .checkpoint.source.architecture import model_class, read_config
 from .maths.low_rank import distance, spectrum
 from .merging import merge_adapter
+from .options.choices import FORMATS, ONTO, RANKS
 from .storage.experts import expert_layers
 from .storage.factor_files import FactorFiles
 from .storage.quantization import linear_names
@@ -33,10 +34,6 @@ from .storage.whole_folders import finish_saving, whole_folder
 from .tuner.config import QSVFTConfig
 from .tuner.lora_factors import lora_factors
 from .tuner.one_by_one import ADAPTER, SavedAdapter
-
-FORMATS, ONTO = ("lora", "dense"), ("held", "original")
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What servers take: those of vLLM's ``--max-lora-rank``."""
 
 
 @dataclass

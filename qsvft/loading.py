@@ -21,12 +21,12 @@ from .checkpoint.prepared.check import check_config, open_prepared
 from .checkpoint.prepared.quantizer import PreparedConfig
 from .checkpoint.prepared.record import prepared_record, recorded_options
 from .checkpoint.source.architecture import load_base
-from .lean.option import shows
-from .lean.switches import Switches, without_switches
 from .lean.vocabulary import check_embeddings, quantize_embeddings
 from .memory.fit.ladder import STEPS
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
+from .options.option import shows
+from .options.switches import Switches, without_switches
 from .prepare import Calibration, attach_lean, options_to_fit
 from .storage.factor_files import FactorFiles
 from .storage.json_files import read_object

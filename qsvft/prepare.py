@@ -15,10 +15,10 @@ from .lean.checkpointing import enable_checkpointing
 from .lean.chunked_loss import chunked_loss_obstacle, enable_chunked_loss
 from .lean.norms import lean_norms
 from .lean.offload import offload_checkpoints
-from .lean.option import shows
-from .lean.switches import Switches, without_switches
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
+from .options.option import shows
+from .options.switches import Switches, without_switches
 from .storage.alignment import align_tensors
 from .storage.quantization import held_bits, quantize
 from .storage.weights import check_tensors, dense_weight
@@ -72,7 +72,7 @@ def prepare(
             ``residual``. The dense weights then stay on the CPU until the batches are seen. See :func:`calibrate`.
         progress: show progress bars.
         **options: the switches gradient_checkpointing (on), offload (off), chunked_loss (on) and quantize_embeddings
-            (16), see :class:`~qsvft.lean.switches.Switches`; and fields of :class:`QSVFTConfig`, such as rank=64,
+            (16), see :class:`~qsvft.options.switches.Switches`; and fields of :class:`QSVFTConfig`, such as rank=64,
             factor_bits=8, pattern="plain". Where ``task_type`` is not given it follows from the model's class, so
             that a fresh classification head is trained and saved with the adapter.
 

@@ -312,7 +312,7 @@ MUTANTS = (
     ),
     Mutant(
         "qsvft info stumbles over a config whose classes are no names",
-        "cli/info.py",
+        "info.py",
         "if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):",
         "if False:",
         ("checkpoint/prepared/test_check.py::test_info_refuses_a_config_whose_classes_are_no_names",),
@@ -596,6 +596,20 @@ MUTANTS = (
         'how = f"_randomized_{rank}"',
         'how = "_randomized"',
         ("tuner/test_decompositions.py",),
+    ),
+    Mutant(
+        "every program is taken for the command",
+        "options/started.py",
+        "return PurePath(started).name in _NAMES",
+        "return True",
+        ("cli/test_start.py",),
+    ),
+    Mutant(
+        "the command imports the library before it knows what it is asked for",
+        "__init__.py",
+        "if not is_the_command():",
+        "if True:",
+        ("cli/test_start.py",),
     ),
     Mutant(
         "an old adapter's vectors chosen anew",

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import PeftConfig
 
 import qsvft
 from qsvft import QSVFTConfig
-from qsvft.lean.option import declared
-from qsvft.lean.switches import SWITCHES, Switches
-from qsvft.tuner.config import FACTOR_FIELDS, OPTIONS
+from qsvft.options.adapter import FACTOR_FIELDS, OPTIONS
+from qsvft.options.option import declared
+from qsvft.options.switches import SWITCHES, Switches
 
 PACKAGE = Path(qsvft.__file__).parent
 FIELD = """
@@ -23,17 +24,19 @@ FIELD = """
         7, INTEGER, "Made up.", "an even or a lucky number", lambda value: value == 7 or value % 2 == 0,
         of_factors=True, counted=True,
     )
-    base: dict"""
+
+
+OPTIONS ="""
 ASK = """
 import inspect, json
 import qsvft
 from typer.testing import CliRunner
 from qsvft.cli.main import app
-from qsvft.lean.switches import Switches
+from qsvft.options.switches import Switches
 from qsvft.memory import parse_method
 from qsvft.memory.fit.ladder import FIXABLE
 from qsvft.memory.fit.recommend import recommend
-from qsvft.tuner.config import FACTOR_FIELDS
+from qsvft.options.adapter import FACTOR_FIELDS
 
 def refused(value):
     try:
@@ -61,10 +64,10 @@ def asked(tmp_path_factory):
     """What a copy of the library says whose config has one more field."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(PACKAGE, folder / "qsvft", ignore=shutil.ignore_patterns("__pycache__"))
-    config = folder / "qsvft" / "tuner" / "config.py"
+    config = folder / "qsvft" / "options" / "adapter.py"
     text = config.read_text(encoding="utf-8")
-    assert text.count("\n    base: dict") == 1
-    config.write_text(text.replace("\n    base: dict", FIELD), encoding="utf-8")
+    assert text.count("\n\n\nOPTIONS =") == 1
+    config.write_text(text.replace("\n\n\nOPTIONS =", FIELD), encoding="utf-8")
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ASK],
         cwd=folder,
@@ -88,7 +91,7 @@ def test_an_option_made_up_in_one_place_is_found_in_all(asked):
 
 
 def test_every_field_that_a_user_sets_is_a_declared_option():
-    own = set(QSVFTConfig.__dataclass_fields__) - set(QSVFTConfig.__mro__[1].__dataclass_fields__)
+    own = set(QSVFTConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
     assert own - set(OPTIONS) == {"base"}  # filled in by the library
     assert set(Switches.__dataclass_fields__) == set(SWITCHES)
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..exporting import FORMATS, ONTO, RANKS, Exported, export
+from ..options.choices import FORMATS, ONTO, RANKS
 from .errors import bad_input
-from .quiet import quiet
+from .library import library
 
 
 def export_command(
@@ -29,10 +29,12 @@ def export_command(
     dtype: Annotated[str, typer.Option(help="Of the LoRA.")] = "bfloat16",
 ) -> None:
     """Write an adapter in a form that PEFT, vLLM and llama.cpp take: a LoRA, or the dense model that it makes."""
-    with quiet(), bad_input():
+    with library(), bad_input():
+        from ..exporting import export
+
         done = export(adapter, target, format=format, rank=rank, base=base, onto=onto, dtype=dtype, report=_show)
     typer.echo(f"written: {done.folder}")
 
 
-def _show(found: Exported) -> None:
+def _show(found: object) -> None:
     typer.echo(str(found))

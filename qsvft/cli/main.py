@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated
 
 import typer
@@ -39,7 +38,5 @@ def main(
     ] = False,
 ) -> None:
     """SVFT fine-tuning of quantised models."""
-    # A hub that cannot be reached is said once, in one line, not at each retry.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

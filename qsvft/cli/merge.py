@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..merging import merge_adapter
 from .errors import bad_input
-from .quiet import quiet
+from .library import library
 
 
 def merge(
@@ -22,6 +21,8 @@ def merge(
     device_map: Annotated[str | None, typer.Option(help="Where the base goes: cpu, cuda, auto.")] = None,
 ) -> None:
     """Merge an adapter into its base: a dense checkpoint that needs neither qsvft nor PEFT."""
-    with quiet(), bad_input():
+    with library(), bad_input():
+        from ..merging import merge_adapter
+
         merge_adapter(adapter, target, base=base, factors=factors, device_map=device_map)
     typer.echo(f"merged: {target}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
-from ..lean.option import Option
+from ..options.option import Option
 
 F = TypeVar("F", bound=Callable[..., Any])
 

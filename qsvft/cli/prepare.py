@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checkpoint.making.job import Job, open_job
-from ..checkpoint.making.streaming import PreparationInterrupted, chosen_device, run_job
-from ..tuner.config import OPTIONS
+from ..options.adapter import OPTIONS
 from .errors import bad_input, complain
+from .library import library
 from .options import takes_options
-from .quiet import quiet
+
+if TYPE_CHECKING:
+    from ..checkpoint.making.job import Job
 
 FACTORS = [one for one in OPTIONS.values() if one.of_factors]
 """What a prepared directory depends on."""
@@ -32,7 +33,10 @@ def prepare(
 ) -> None:
     """Quantise and decompose a checkpoint into a directory that loads in seconds. Interrupted, it goes on."""
     chosen = {name: value for name, value in options.items() if value not in (None, [])}
-    with quiet(), bad_input():
+    with library(), bad_input():
+        from ..checkpoint.making.job import open_job
+        from ..checkpoint.making.streaming import PreparationInterrupted, chosen_device, run_job
+
         job = open_job(source, bits, None, chosen, dtype=dtype, revision=revision)
         where = chosen_device(device)
         typer.echo(_summary(job))

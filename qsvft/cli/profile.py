@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from ..memory import CARDS_GIB, DEFAULT_METHODS, METHODS, PRESETS, MemoryReport, recommend
-from ..memory import profile as profile_step
-from ..memory.measured import add_measurements, check_room, present_device
-from ..memory.plot import check_plot
-from ..memory.profiler import checked_methods, resolve
-from ..memory.step import OPTIMIZERS
-from ..memory.table import WIDTH, tables
-from ..storage.whole_files import check_file_writable
+from ..options.choices import CARDS_GIB, DEFAULT_METHODS, METHODS, OPTIMIZERS, PRESETS
 from .errors import bad_input, complain
-from .quiet import quiet
+from .library import library
+
+if TYPE_CHECKING:
+    from ..memory import MemoryReport
 
 
 def profile(
@@ -51,7 +46,11 @@ def profile(
     timeline: Annotated[Path | None, typer.Option(help="Draw the live bytes over the step (png, pdf, svg).")] = None,
 ) -> None:
     """Predict the peak memory of one training step of each method. Needs no weights and no GPU."""
-    with quiet():
+    with library():
+        from ..memory import profile as profile_step
+        from ..memory.measured import add_measurements, check_room, present_device
+        from ..memory.profiler import checked_methods, resolve
+
         with bad_input():
             _check_files(json, csv, plot, timeline)
             methods = checked_methods(method if method else DEFAULT_METHODS)
@@ -83,6 +82,9 @@ def profile(
 
 def _check_files(json: Path | None, csv: Path | None, plot: Path | None, timeline: Path | None) -> None:
     """Refuse an output file before the work rather than after it."""
+    from ..memory.plot import check_plot
+    from ..storage.whole_files import check_file_writable
+
     given = [path for path in (json, csv, plot, timeline) if path is not None]
     for path in given:
         check_file_writable(path)
@@ -97,6 +99,8 @@ def _check_files(json: Path | None, csv: Path | None, plot: Path | None, timelin
 
 def _recommend(model: str, report: MemoryReport) -> None:
     """Enter the settings for the only card; where there are none to count, the tables still stand."""
+    from ..memory import recommend
+
     fixed = {} if report.gradient_checkpointing else {"gradient_checkpointing": False}
     try:
         report.recommendation = recommend(
@@ -113,6 +117,10 @@ def _recommend(model: str, report: MemoryReport) -> None:
 
 
 def _show(report: MemoryReport) -> None:
+    from rich.console import Console
+
+    from ..memory.table import WIDTH, tables
+
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for part in tables(report):
         console.print(part, highlight=False)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.autocast import linear_dtype
+from ..options.choices import BASE_BITS
 from ..storage.stored_matrix import Layout, Parts, StoredMatrix, dense_rows
 from ..storage.weights import check_weight
 from .rows_on_demand import RowsOnDemand
 
-BITS = (4, 8, 16)
 SLICE_ROWS = 8192
 _SAMPLED_ROWS = 64
 
@@ -196,7 +196,7 @@ def check_embeddings(model: nn.Module, bits: int, skip_modules: Sequence[str] = 
     Returns:
         The weights that it would hold, each as the modules that share it, with their names.
     """
-    if bits not in BITS:
+    if bits not in BASE_BITS:
         raise ValueError(
             f"bits of the embeddings and the head must be 4 (NF4), 8 (int8) or 16 (left as they are), got {bits!r}"
         )

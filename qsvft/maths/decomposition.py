@@ -29,13 +29,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..options.choices import DECOMPOSITIONS
 from .aligned import aligned
 from .subspace import leading_directions
 
 Sides = Literal["one", "both"]
 Side = Literal["input", "output"]
-
-DECOMPOSITIONS = ("auto", "exact", "randomized", "float32")
 
 _GOLDEN_RATIO = 0.6180339887498949
 _RANDOMIZED_FROM = 1024

@@ -28,8 +28,6 @@ from .coefficients import Scale, ScaleSide
 from .dense_coefficients import dense_coefficients
 from .indexed_coefficients import entry_rows, indexed_coefficients
 
-PATTERNS = ("plain", "banded", "random", "top_k", "dense")
-
 
 def banded_count(rank: int, off_diagonals: int) -> int:
     """Entries of a band: k(2d+1) - d(d+1)."""

@@ -1,11 +1,10 @@
 """The memory of a training step, predicted: ``qsvft.profile`` and what it is made of."""
 
-from .cards import CARDS_GIB
+from ..options.choices import CARDS_GIB, DEFAULT_METHODS, METHODS, PRESETS
 from .description import Description, describe
 from .fit.recommend import Recommendation, recommend
 from .held import held_bytes
-from .methods import DEFAULT_METHODS, METHODS, Method, parse_method
-from .presets import PRESETS
+from .methods import Method, parse_method
 from .profiler import profile
 from .report import MemoryReport
 from .rows import Measurement, Row

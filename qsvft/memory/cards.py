@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 GIB = 2**30
-CARDS_GIB: tuple[float, ...] = (8, 12, 16, 24)
 
 CONTEXT_BYTES = 3 * GIB // 4
 """What a process holds on a card beside its tensors: 0.75 GiB.

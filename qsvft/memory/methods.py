@@ -41,18 +41,17 @@ from transformers import PreTrainedModel
 from ..lean.chunked_loss import enable_chunked_loss
 from ..lean.norms import lean_norms
 from ..lean.offload import offload_checkpoints
-from ..lean.option import INTEGER
-from ..lean.switches import SWITCHES
 from ..lean.vocabulary import quantize_embeddings
+from ..options.adapter import OPTIONS
+from ..options.option import INTEGER
+from ..options.switches import SWITCHES
 from ..storage.experts import expert_parameters, split_experts
 from ..storage.quantization import quantize
 from ..storage.shapes_only import shapes_only
-from ..tuner.config import OPTIONS, QSVFTConfig
+from ..tuner.config import QSVFTConfig
 from ..tuner.targets import check_targets
 from .factored import factor_linears
 from .shapes import nf4_on_meta
-
-DEFAULT_METHODS = ("floor", "lora", "qlora", "qlora-kbit", "svft", "svft-authors", "qsvft", "full")
 
 COUNTED = {name: one for name, one in {**OPTIONS, **SWITCHES}.items() if one.counted}
 """The options that the ledger counts."""
@@ -235,5 +234,3 @@ _BUILDERS: dict[str, Callable[[Method, PreTrainedModel], nn.Module]] = {
     "svft-authors": _authors,
     "qsvft": _qsvft,
 }
-
-METHODS = tuple(_BUILDERS)

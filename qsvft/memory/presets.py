@@ -6,6 +6,8 @@ import os
 
 from transformers import AutoConfig, GemmaConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
+from ..options.choices import PRESETS
+
 
 def _llama(**sizes: int) -> LlamaConfig:
     return LlamaConfig(tie_word_embeddings=False, **sizes)
@@ -79,8 +81,6 @@ _PRESETS = {
         max_position_embeddings=256,
     ),
 }
-
-PRESETS = tuple(_PRESETS)
 
 
 def model_config(name: str) -> PretrainedConfig:

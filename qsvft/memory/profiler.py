@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PretrainedConfig
 
+from ..options.choices import CARDS_GIB, DEFAULT_METHODS, OPTIMIZERS
 from ..version import __version__
-from .cards import CARDS_GIB, GIB, check_cards, needed_bytes
-from .methods import DEFAULT_METHODS, Method, parse_method
+from .cards import GIB, check_cards, needed_bytes
+from .methods import Method, parse_method
 from .presets import model_config
 from .report import MemoryReport
 from .rows import Row, row_of
 from .scenario import Scenario, one_line
 from .shapes import model_without_values
-from .step import OPTIMIZERS
 
 LENGTH_STEP = 128
 LONGEST = 131072

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .cards import CARDS_GIB, fits
+from ..options.choices import CARDS_GIB
+from .cards import fits
 from .ledger import CATEGORIES, PHASES, Event, Ledger
 
 RIVALS = ("svft", "lora", "qlora")

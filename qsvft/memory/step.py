@@ -13,8 +13,6 @@ from .attention import autocast_on_meta, flash_attention
 from .held import held_tensors
 from .ledger import Ledger
 
-OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
-
 
 def count_on(
     model: nn.Module,

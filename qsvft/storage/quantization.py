@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import tqdm
 from transformers.utils.quantization_config import QuantizationMethod
 
+from ..options.choices import BASE_BITS
 from .experts import expert_layers, is_split, join_experts, parameters_of_experts, split_experts
 from .left_dense import report_dense, under
 from .linear_layers import is_linear, read_directly
@@ -28,8 +29,6 @@ from .routers import routers
 from .weights import HeldLinear, check_quant_state, check_weight, dense_dtype, dense_layer, dense_weight
 
 logger = logging.getLogger(__name__)
-
-BITS = (4, 8, 16)
 
 
 def quantize(
@@ -62,7 +61,7 @@ def quantize(
         ValueError: bits not in (4, 8, 16); the model holds other bits already; no layer that can be quantised; a
             weight on the meta device, with NaN or Inf, or of an unsupported dtype.
     """
-    if bits not in BITS:
+    if bits not in BASE_BITS:
         raise ValueError(f"bits must be 4 (NF4), 8 (int8) or 16 (base left as it is), got {bits!r}")
     if type(model) in (nn.Linear, Conv1D):
         raise ValueError(

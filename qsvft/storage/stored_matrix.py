@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..options.choices import STORED_BITS
 from .nf4 import dense_codes, nf4_codes
 
-STORED_BITS = (16, 8, 4)
 STORED_DTYPE = torch.bfloat16
 BLOCKS = {16: 1, 8: 64, 4: 128}
 _ROWS_AT_ONCE = 1024

@@ -52,7 +52,7 @@ def test_the_longest_sequence_is_shown(tmp_path):
 
 
 def test_measuring_shows_prediction_and_step_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.setattr("qsvft.cli.profile.present_device", lambda: "cpu")
+    monkeypatch.setattr("qsvft.memory.measured.present_device", lambda: "cpu")
     result = profile("--method", "svft", "--method", "lora", "--measure", "--json", tmp_path / "r.json")
     assert result.exit_code == 0, result.stderr
     assert "Predicted and measured on cpu" in result.stdout
@@ -107,7 +107,7 @@ def test_the_tables_stand_where_no_settings_can_be_counted(monkeypatch):
     def refuse(*_, **__):
         raise ValueError("'tiny': a step of qsvft cannot be counted")
 
-    monkeypatch.setattr("qsvft.cli.profile.recommend", refuse)
+    monkeypatch.setattr("qsvft.memory.recommend", refuse)
     result = profile("--method", "floor", "--card", 8)
     assert result.exit_code == 0
     assert "\n floor " in result.stdout

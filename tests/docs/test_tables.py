@@ -14,12 +14,12 @@ from pages import named_paths, table_with
 
 import qsvft
 from qsvft.cli.prepare import prepare as prepare_command
-from qsvft.lean.option import INTEGER, declared, option
-from qsvft.lean.switches import SWITCHES
 from qsvft.memory.methods import parse_method
 from qsvft.memory.presets import model_config
 from qsvft.memory.scenario import count_step
-from qsvft.tuner.config import OPTIONS
+from qsvft.options.adapter import OPTIONS
+from qsvft.options.option import INTEGER, declared, option
+from qsvft.options.switches import SWITCHES
 
 sys.path.insert(0, str(ROOT / "docs"))
 import option_table

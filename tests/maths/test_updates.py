@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qsvft.maths.decomposition import decompose
-from qsvft.maths.patterns import PATTERNS, DensePattern, Pattern, banded, plain, random_entries, top_entries
+from qsvft.maths.patterns import DensePattern, Pattern, banded, plain, random_entries, top_entries
 from qsvft.maths.updates import (
     TAIL_DAMPING,
     bounded_inverse,
@@ -23,6 +23,7 @@ from qsvft.maths.updates import (
     two_sided_update,
     unit_of,
 )
+from qsvft.options.choices import PATTERNS
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 # form, outputs m, inputs n, rank k

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qsvft import QSVFTConfig
-from qsvft.maths.patterns import PATTERNS
 from qsvft.maths.updates import TAIL_DAMPING
+from qsvft.options.choices import PATTERNS
 from qsvft.tuner import QSVFTLinear
 
 SHAPES = {"tall": (96, 64), "wide": (64, 96), "square": (64, 64), "odd": (37, 50)}

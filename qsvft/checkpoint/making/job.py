@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...options.choices import BASE_BITS
 from ...storage.experts import expert_parameters
-from ...storage.quantization import BITS
 from ...tuner.config import QSVFTConfig
 from ...tuner.experts import split_for
 from ...tuner.tasks import check_residual, config_for, left_whole
@@ -75,7 +75,7 @@ class Job:
         Raises:
             ValueError: bits or an option out of range.
         """
-        if self.bits not in BITS:
+        if self.bits not in BASE_BITS:
             raise ValueError(f"bits must be 4 (NF4), 8 (int8) or 16 (the weights as they are), got {self.bits!r}")
         if self.config is not None and self.given:
             raise ValueError(f"give either config or single options, got both: {sorted(self.given)}")

@@ -26,9 +26,10 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
+from ...options.choices import BASE_BITS
 from ...storage.alignment import own_tensors
 from ...storage.factor_files import FactorFiles
-from ...storage.quantization import BITS, disable_cpu_repacking, linear_names
+from ...storage.quantization import disable_cpu_repacking, linear_names
 from ...storage.tensor_index import INDEX_NAME, SINGLE_NAME
 from ...storage.weights import dtype_name
 from ...tuner.config import QSVFTConfig
@@ -72,7 +73,7 @@ class PreparedConfig(BitsAndBytesConfig):
                 f"quantization_config: found format_version {format_version!r}, this qsvft ({__version__}) reads "
                 f"{FORMAT_VERSION}. Upgrade qsvft, or prepare the checkpoint again."
             )
-        if bits not in BITS:
+        if bits not in BASE_BITS:
             raise ValueError(f"quantization_config: found bits={bits!r}, expected 4, 8 or 16; config.json is damaged")
         dtype = getattr(torch, str(compute_dtype), None)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):

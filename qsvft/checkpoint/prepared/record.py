@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...options.adapter import FACTOR_FIELDS
 from ...storage.tensor_index import INDEX_NAME, SINGLE_NAME
-from ...tuner.config import FACTOR_FIELDS
 from ...tuner.removed import without_removed
 
 METHOD = "qsvft"

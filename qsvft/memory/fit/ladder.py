@@ -15,10 +15,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...lean.offload import offload_checkpoints, stop_offloading
-from ...lean.switches import SWITCHES
 from ...lean.vocabulary import quantize_embeddings
+from ...options.adapter import OPTIONS
+from ...options.switches import SWITCHES
 from ...storage.shapes_only import shapes_only
-from ...tuner.config import OPTIONS, QSVFTConfig
+from ...tuner.config import QSVFTConfig
 from ...tuner.targets import check_targets, rank_of, shape_of
 from ..methods import COUNTED, WRITTEN, Method
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...tuner.config import OPTIONS, QSVFTConfig
+from ...options.adapter import OPTIONS
+from ...tuner.config import QSVFTConfig
 from ..cards import GIB
 from .ladder import DEFAULTS
 from .recommend import Recommendation, recommend

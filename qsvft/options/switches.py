@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .choices import BASE_BITS
 from .option import INTEGER, SWITCH, declared, one_of, option
-from .vocabulary import BITS
 
 
 def _is_bool(value: object) -> bool:
@@ -32,7 +32,7 @@ class Switches:
     )  # fmt: skip
     quantize_embeddings: int = option(
         16, INTEGER, "Hold frozen token embeddings and output head in 16 (as they are), 8 or 4 bits.", "16, 8 or 4",
-        one_of(BITS)[1], counted=True,
+        one_of(BASE_BITS)[1], counted=True,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
