@@ -14,4 +14,12 @@ if not is_the_command():
     from .public import *  # noqa: F403
     from .public import __all__ as _public
 
-    __all__ = ["__version__", *_public]
+    __all__ = ["__version__", "train", *_public]  # noqa: F405
+
+
+def __getattr__(name: str) -> object:
+    if name == "train":  # imports TRL and datasets, which nothing else needs
+        from .training.train import train
+
+        return train
+    raise AttributeError(f"module 'qsvft' has no attribute {name!r}")

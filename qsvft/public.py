@@ -39,4 +39,5 @@ __all__ = [
     "recommend",
     "suggest_learning_rate",
     "use_factors",
+    "vocabulary",
 ]

@@ -45,7 +45,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"cannot plot to {str(path)!r}: expected a file ending in {', '.join(FORMATS)}")
     if find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib; install it with: pip install 'qsvft[plot]'")
+        raise ValueError("plots need matplotlib; found none. pip install matplotlib")
     check_file_writable(path)
 
 

@@ -11,6 +11,7 @@ the validation, and the table in ``docs/options.md``.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -48,6 +49,7 @@ def _switch(text: str) -> bool:
 
 
 INTEGER = Kind(int, "a whole number of at least 1", _whole_number)
+NUMBER = Kind(float)
 SWITCH = Kind(bool, "true or false", _switch)
 WORD = Kind(str, "a word", str)
 NAMES = Kind(list[str])
@@ -116,6 +118,11 @@ def declared(owner: Any) -> dict[str, Option]:
 def is_integer(value: object, least: int | None = None) -> bool:
     """Whether a value is an integer (and no bool) of at least ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an integer or a float, finite, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def one_of(values: tuple[Any, ...]) -> tuple[str, Callable[[Any], bool]]:

@@ -4,11 +4,11 @@ PEFT's own ``register_peft_method`` does it, once the method has its member of `
 ``import qsvft`` in the process, ``PeftModel.from_pretrained`` on such an adapter ends in ``KeyError: 'QSVFT'``.
 
 Of PEFT's functions these are wrapped, and do what they did but for our adapters: ``save_pretrained`` takes
-``include_factors=`` (and would pass over it); a config remembers where it was read, because PEFT hands an adapter's
-config on without saying so; options that are gone are refused, which PEFT would leave out with a warning; and so is a
-file that lacks what its config trains whole, by its name. One of transformers' is as well, ``load_adapter``
-(:mod:`.load_adapter`). What reads ``adapter_config.json``, before anyone knows whose adapter it is, says of a damaged
-one which file it is.
+``include_factors=`` (and would pass over it); ``push_to_hub`` sends the adapter's own card; a config remembers where it
+was read, because PEFT hands an adapter's config on without saying so; options that are gone are refused, which PEFT
+would leave out with a warning; and so is a file that lacks what its config trains whole, by its name. One of
+transformers' is as well, ``load_adapter`` (:mod:`.load_adapter`). What reads ``adapter_config.json``, before anyone
+knows whose adapter it is, says of a damaged one which file it is.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from transformers.integrations.peft import PeftAdapterMixin
 from ..storage.json_files import read_object
 from ..storage.whole_folders import finish_saving, whole_folder
 from .adapter_file import PREFIX, m_key
+from .card import CARD, tag_card, write_card
 from .config import QSVFTConfig
 from .load_adapter import checked, has_read, lacking
 from .model import QSVFTModel, named_layers
 from .peft_type import NAME, QSVFT
+from .push import with_its_card
 from .removed import without_removed
-
-MODEL_CARD = "README.md"
 
 
 def register() -> None:
@@ -46,6 +46,7 @@ def register() -> None:
         return
     register_peft_method(name=NAME, config_cls=QSVFTConfig, model_cls=QSVFTModel)
     PeftModel.save_pretrained = _with_factors(PeftModel.save_pretrained)
+    PeftModel.push_to_hub = with_its_card(PeftModel.push_to_hub)
     PeftConfigMixin.from_pretrained = classmethod(_remembering(PeftConfigMixin.from_pretrained.__func__))
     PeftConfigMixin.from_json_file = classmethod(_of_a_whole_file(PeftConfigMixin.from_json_file.__func__))
     PeftConfigMixin._get_peft_type = classmethod(_of_a_known_type(PeftConfigMixin._get_peft_type.__func__))
@@ -78,8 +79,13 @@ def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
                 config.include_factors = config.include_factors if include_factors is None else bool(include_factors)
             with whole_folder(Path(save_directory)) as staging:
                 with suppress(FileNotFoundError):  # PEFT adds to a model card that is there
-                    shutil.copyfile(Path(save_directory) / MODEL_CARD, staging / MODEL_CARD)
+                    shutil.copyfile(Path(save_directory) / CARD, staging / CARD)
+                written = (staging / CARD).is_file()
                 save(self, str(staging), *args, **kwargs)
+                if written:
+                    tag_card(staging)
+                elif (staging / CARD).is_file():
+                    write_card(staging, configs[0])
         finally:
             for config, value in zip(configs, before, strict=True):
                 config.include_factors = value

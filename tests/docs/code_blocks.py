@@ -24,6 +24,8 @@ from unittest.mock import patch
 
 from markdown_it import MarkdownIt
 
+from qsvft.options.recipe import load_yaml, read_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BASE_MODEL = ROOT / "examples" / "base-model"
@@ -114,6 +116,10 @@ class Reader:
         """JSON that a reader of files would meet."""
         json.loads(block.text)
 
+    def recipe(self, block: Block) -> None:
+        """A recipe of ``qsvft train``: its names and values are right."""
+        read_recipe(load_yaml(block.text))
+
     def nothing(self, block: Block) -> None:
         """Plain text: formulas, names, output."""
 
@@ -122,6 +128,7 @@ LANGUAGES: dict[str, Callable[[Reader, Block], None]] = {
     "python": Reader.python,
     "sh": Reader.shell,
     "json": Reader.data,
+    "yaml": Reader.recipe,
     "text": Reader.nothing,
 }
 
