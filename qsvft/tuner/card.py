@@ -17,7 +17,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def tag_card(folder: Path, more: Sequence[str] = ()) -> None:
-    """Give a card that is there already, which somebody may have written, the tag of the method (and more tags), no word."""
+    """Give a card that somebody may have written the tag of the method, and these."""
     card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
     tags = list(card.data.tags or [])
     if not {TAG, *more} <= set(tags):
