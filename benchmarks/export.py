@@ -1,12 +1,13 @@
-"""How long an adapter of a 7B takes to become a LoRA, and in how much memory, layer by layer.
+"""How long an adapter of a 7B takes to become a LoRA or a dense model, and in how much memory, layer by layer.
 
     python benchmarks/export.py FOLDER [--layers 2 4] [--width 4096] [--rank 128] [--json FILE]
 
 Makes Llama checkpoints of random bf16 weights in FOLDER, which differ in their number of layers alone, prepares each
-and saves an adapter with random M, which is exported in a process of its own. Memory is what that process holds itself
+and saves an adapter with random M, which is exported in processes of their own. Memory is what a process holds itself
 (RssAnon of Linux), and what it held before the work began. Of two sizes the seconds that a layer more takes, times 32,
-are about those of a whole model, and its memory is that of the smaller one and the whole LoRA: so it is predicted, and
-not measured, unless --layers 32 (17 GiB of disk, half an hour).
+are about those of a whole model. Its memory is that of the smaller one and the whole LoRA, or, of a dense model, that
+of the larger one: a file of a gibibyte and a layer, however many there are. So it is predicted, not measured, unless
+--layers 32 (31 GiB of disk, half an hour).
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from streaming import GIB, Memory, make_checkpoint, resident
 
+FORMATS = ("lora", "dense")
 
-def make_adapter(base: Path, folder: Path) -> None:
+
+def make_adapter(base: str, folder: str) -> None:
     """An adapter of a prepared base, with random M."""
     import qsvft
 
@@ -37,12 +40,12 @@ def make_adapter(base: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def export(adapter: str, target: str, base: str) -> dict[str, float]:
+def export(adapter: str, target: str, base: str, form: str) -> dict[str, float]:
     import qsvft
 
     before, start = resident()["RssAnon"], time.perf_counter()
     with Memory() as memory:
-        found = qsvft.export(adapter, target, base=base, progress=False)
+        found = qsvft.export(adapter, target, format=form, base=base, progress=False)
     return {
         "seconds": time.perf_counter() - start,
         "before": before,
@@ -50,8 +53,16 @@ def export(adapter: str, target: str, base: str) -> dict[str, float]:
         "mapped": memory.mapped,
         "rank": found.rank or 0,
         "error": found.error,
-        "written": (Path(target) / "adapter_model.safetensors").stat().st_size,
+        "of_weights": found.of_weights or 0.0,
+        "written": sum(path.stat().st_size for path in Path(target).glob("*.safetensors")),
     }
+
+
+def in_a_process(*arguments: str) -> str:
+    """Run this script's other side; its last line."""
+    command = [sys.executable, "-W", "ignore", __file__, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return (done.stdout.splitlines() or [""])[-1]
 
 
 def main() -> None:
@@ -66,42 +77,48 @@ def main() -> None:
 
     rows = []
     for layers in parsed.layers:
-        source, base, adapter, target = (
-            parsed.folder / f"{name}-{layers}" for name in ("llama", "prepared", "adapter", "lora")
-        )
-        for path in (source, base, adapter, target):
+        source, base, adapter = (parsed.folder / f"{name}-{layers}" for name in ("llama", "prepared", "adapter"))
+        for path in (source, base, adapter):
             shutil.rmtree(path, ignore_errors=True)
         make_checkpoint(source, layers, parsed.width)
         qsvft.prepare_checkpoint(source, base, rank=parsed.rank)
-        make_adapter(base, adapter)
-        command = [sys.executable, "-W", "ignore", __file__, "export", str(adapter), str(target), str(base)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append({"layers": layers, **json.loads(done.stdout.splitlines()[-1])})
+        shutil.rmtree(source)
+        in_a_process("adapter", str(base), str(adapter))
+        for form in FORMATS:
+            target = parsed.folder / f"{form}-{layers}"
+            shutil.rmtree(target, ignore_errors=True)
+            row = json.loads(in_a_process("export", str(adapter), str(target), str(base), form))
+            rows.append({"format": form, "layers": layers, **row})
+            shutil.rmtree(target)
     show(rows, parsed.width)
     if parsed.json:
         parsed.json.write_text(json.dumps({"rows": rows, "width": parsed.width}, indent=2))
 
 
 def show(rows: list[dict[str, float]], width: int) -> None:
-    table = Table(title=f"a LoRA of rank {rows[0]['rank']}, width {width}, {torch.get_num_threads()} threads")
-    for heading in ("layers", "seconds", "GiB at start", "at its peak", "mapped", "off"):
+    table = Table(title=f"rank {rows[0]['rank']}, width {width}, {torch.get_num_threads()} threads")
+    for heading in ("format", "layers", "seconds", "GiB at start", "at its peak", "mapped", "off", "of the weights"):
         table.add_column(heading, justify="right")
     for row in rows:
         sizes = (f"{row[name] / GIB:.2f}" for name in ("before", "anonymous", "mapped"))
-        table.add_row(f"{row['layers']}", f"{row['seconds']:.1f}", *sizes, f"{row['error']:.2%}")
+        errors = (f"{row[name]:.2%}" for name in ("error", "of_weights"))
+        table.add_row(str(row["format"]), f"{row['layers']}", f"{row['seconds']:.1f}", *sizes, *errors)
     console = Console(width=120)
     console.print(table)
-    if len(rows) > 1:
-        few, many = rows[0], rows[-1]
-        layer = (many["seconds"] - few["seconds"]) / (many["layers"] - few["layers"])
-        seconds = many["seconds"] + layer * (32 - many["layers"])
-        # The LoRA grows with the layers; what one of them takes meanwhile does not.
-        held = few["anonymous"] + 32 * many["written"] / many["layers"]
-        console.print(f"predicted for 32 of them: {seconds:.0f} s, {held / GIB:.2f} GiB", highlight=False)
+    for form in FORMATS:
+        few, *_, many = [row for row in rows if row["format"] == form] * 2
+        if few["layers"] != many["layers"]:
+            layer = (many["seconds"] - few["seconds"]) / (many["layers"] - few["layers"])
+            seconds = many["seconds"] + layer * (32 - many["layers"])
+            # The LoRA grows with the layers; what one of them takes meanwhile does not.
+            held = few["anonymous"] + 32 * many["written"] / many["layers"] if form == "lora" else many["anonymous"]
+            console.print(f"{form}, predicted for 32 of them: {seconds:.0f} s, {held / GIB:.2f} GiB", highlight=False)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["export"]:
-        print(json.dumps(export(*sys.argv[2:5])))
+        print(json.dumps(export(*sys.argv[2:6])))
+    elif sys.argv[1:2] == ["adapter"]:
+        make_adapter(*sys.argv[2:4])
     else:
         main()

@@ -146,7 +146,7 @@ def from_pretrained(
         base_bits, dtype = bits if bits is not None else held.get("bits", 4), dtype or held.get("dtype")
         given = with_basis(fields, calibration, base_bits == 4) if wanted is None else fields
         named = None if wanted is None else for_base(wanted, head)
-        job = open_job(path_or_id, base_bits, named, given, dtype=dtype, **hub)
+        job = open_job(path_or_id, base_bits, named, given, dtype=dtype, brought=head.brought, **hub)
         if fit is not None:
             four = base_bits == 4
             options = options_to_fit(job.model, fit, job.bits, lean, fields, calibration, four, progress)

@@ -5,6 +5,7 @@ from .storage import bitsandbytes_notices as bitsandbytes_notices  # before anyt
 # isort: split
 from .checkpoint.making.streaming import prepare_checkpoint
 from .exporting import export
+from .formats.conversion import convert_to_lora, save_as_lora
 from .lean import vocabulary as vocabulary
 from .lean.chunked_loss import disable_chunked_loss, enable_chunked_loss
 from .loading import from_pretrained, load
@@ -25,6 +26,7 @@ __all__ = [
     "Recommendation",
     "StopAtNaN",
     "calibrate",
+    "convert_to_lora",
     "describe",
     "disable_chunked_loss",
     "enable_chunked_loss",
@@ -37,6 +39,7 @@ __all__ = [
     "profile",
     "quantize",
     "recommend",
+    "save_as_lora",
     "suggest_learning_rate",
     "use_factors",
     "vocabulary",

@@ -449,12 +449,15 @@ PRIVATE_NAMES = [
             "core_model_loading.build_glob_alternation",
             "core_model_loading.dot_natural_key",
             "core_model_loading.rename_source_key",
+            "core_model_loading.revert_weight_conversion",
         )
     ),
     *(
         PrivateName(
             f"transformers.integrations.moe.use_experts_implementation.{name}",
-            "storage/experts.py checkpoint/source/experts.py" if name == "is_transposed" else "storage/experts.py",
+            "storage/experts.py checkpoint/source/experts.py formats/base.py formats/dense.py"
+            if name == "is_transposed"
+            else "storage/experts.py",
             "what transformers' interface for experts says of a class that holds them in parameters",
             "a documented interface of the module that has them",
             _says("transformers.integrations.moe", name),
@@ -542,7 +545,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "transformers.PreTrainedModel.all_tied_weights_keys",
-        "checkpoint/source/tied.py checkpoint/prepared/model_state.py",
+        "checkpoint/source/tied.py checkpoint/prepared/model_state.py formats/dense.py",
         "which weights a model ties",
         "a documented attribute",
         _in_a_model("all_tied_weights_keys"),

@@ -217,12 +217,12 @@ def exported(tmp_path_factory):
 
 
 REFUSED = [
-    ({"format": "gguf"}, r"format: expected one of lora, dense, got 'gguf'"),
+    ({"format": "onnx"}, r"format: expected one of lora, dense, gguf, gguf-lora, got 'onnx'"),
     ({"rank": 10}, r"rank: expected one of 8, 16, .*, or None, got 10"),
     ({"rank": True}, r"rank: expected one of 8"),
     ({"rank": 8, "format": "dense"}, r"rank is a LoRA's"),
     ({"onto": "nothing"}, r"onto: expected one of held, original"),
-    ({"dtype": "float64"}, r"dtype: expected one of bfloat16, float16, float32"),
+    ({"dtype": "float64"}, r"dtype: expected one of bfloat16, float16, float32, None"),
 ]
 
 
@@ -281,7 +281,7 @@ def test_one_layer_of_another_save_is_refused(exported, tmp_path):
 
 
 def test_what_no_server_takes_is_refused_by_name(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("qsvft.exporting.RANKS", (8, 16, 32))
+    monkeypatch.setattr("qsvft.formats.saved_lora.RANKS", (8, 16, 32))
     base = qsvft.prepare_checkpoint(llama, tmp_path / "base", pattern="plain", progress=False)
     adapter(qsvft.from_pretrained(base, progress=False), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"acts on 64 directions, and servers take LoRA of at most 32; expected rank="):

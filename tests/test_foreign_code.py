@@ -10,7 +10,6 @@ from small_models import load, save_llama
 from transformers import AutoModelForCausalLM
 
 import qsvft
-from qsvft.merging import merge_adapter
 
 INDEX = "model.safetensors.index.json"
 MODULE = """
@@ -33,7 +32,7 @@ def adapter(llama, tmp_path):
 DOORS = {
     "from_pretrained": lambda folder, adapter, target: qsvft.from_pretrained(folder, progress=False, rank=8),
     "prepare_checkpoint": lambda folder, adapter, target: qsvft.prepare_checkpoint(folder, target, progress=False),
-    "merge": lambda folder, adapter, target: merge_adapter(adapter, target, base=folder, progress=False),
+    "merge": lambda folder, adapter, target: qsvft.export(adapter, target, base=folder, progress=False, format="dense"),
 }
 
 

@@ -12,7 +12,6 @@ from .evaluate import evaluate
 from .export import export_command
 from .generate import generate
 from .info import info
-from .merge import merge
 from .prepare import prepare
 from .profile import profile
 from .run import run
@@ -25,7 +24,6 @@ app.command("eval")(evaluate)
 app.command("export")(export_command)
 app.command("generate")(generate)
 app.command("info")(info)
-app.command("merge")(merge)
 app.command("prepare")(prepare)
 app.command("profile")(profile)
 app.command("run", context_settings={"ignore_unknown_options": True})(run)

@@ -37,6 +37,11 @@ class Spectrum:
         """|B A - best of this rank|_F."""
         return max(self.norm**2 - float(self.s[:rank].double().square().sum()), 0.0) ** 0.5
 
+    def least(self, part: float) -> int:
+        """The smallest rank whose best fit has this part of |B A|_F^2, between 0 and 1."""
+        energy = self.s.double().square().cumsum(0)
+        return min(int((energy < part * self.norm**2).sum()) + 1, len(self.s))
+
 
 def spectrum(B: Tensor, A: Tensor) -> Spectrum:
     """The singular directions of B A: all k of them, or the leading 512 where k is above 1024.

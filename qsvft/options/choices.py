@@ -31,11 +31,14 @@ OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 CARDS_GIB: tuple[float, ...] = (8, 12, 16, 24)
 """Cards that a profile shows."""
 
-FORMATS = ("lora", "dense")
+FORMATS = ("lora", "dense", "gguf", "gguf-lora")
 """Of an export."""
 
 ONTO = ("held", "original")
 """What an export goes onto: the base as the adapter had it, or before it was rounded."""
+
+EXPORT_DTYPES = ("bfloat16", "float16", "float32")
+"""Of an export."""
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Of an exported LoRA: those that vLLM's ``--max-lora-rank`` takes."""

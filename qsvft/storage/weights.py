@@ -242,9 +242,15 @@ def dense_dtype(layer: nn.Module) -> torch.dtype:
     return getattr(layer, "qsvft_dtype", torch.bfloat16)
 
 
-def dense_layer(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """A plain ``nn.Linear`` (or ``Conv1D``, where the layer was one) with this (m, n) weight."""
-    dtype = dense_dtype(layer)
+def dense_layer(layer: nn.Module, weight: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
+    """A plain ``nn.Linear`` (or ``Conv1D``, where the layer was one) with this (m, n) weight.
+
+    Args:
+        layer: in whose place it is made; its bias comes along.
+        weight: in any dtype.
+        dtype: of the new layer; None for the one that the layer's weight had before it was quantised.
+    """
+    dtype = dense_dtype(layer) if dtype is None else dtype
     bias = getattr(layer, "bias", None)
     weight = weight.to(dtype)
     if isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D:

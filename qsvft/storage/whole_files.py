@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_SPARE_BYTES = 64 * 2**20
 
 
 @contextmanager
@@ -75,6 +79,25 @@ def check_folder_writable(folder: Path) -> None:
             error.errno,
             f"{folder}: cannot be written to ({reason}); expected a writable directory. Give another target",
         ) from error
+
+
+def check_room(folder: Path, nbytes: int) -> None:
+    """Refuse to begin what does not fit on the disk.
+
+    Raises:
+        OSError: fewer bytes are free than are still to be written.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < nbytes + _SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder}: {_gib(nbytes)} are still to be written, {_gib(free)} are free on its file system. Free some "
+            "space, or give a target elsewhere",
+        )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB"
 
 
 def _sync_directory(folder: Path) -> None:

@@ -48,6 +48,9 @@ def layer_digest_before(
     return content_digest(*known, layer.pattern(adapter).digest(), factors.of_layer(layer, adapter))
 
 
+_ROWS = ".trainable_tokens_delta"
+
+
 def whole_digest(layers: Mapping[str, Tensor], whole: Mapping[str, Tensor], adapter: str) -> Tensor:
     """SHA-256 of all of an adapter.
 
@@ -56,7 +59,8 @@ def whole_digest(layers: Mapping[str, Tensor], whole: Mapping[str, Tensor], adap
         whole: the tensors of what was trained whole, by their names in the model's state.
         adapter: its name, which those names hold.
     """
-    return content_digest(*_in_place(_placed(layers, 1)), *_in_place(_placed(_plain(whole, adapter), 2)))
+    plain = {_rows_of_any(key, adapter): tensor for key, tensor in _plain(whole, adapter).items()}
+    return content_digest(*_in_place(_placed(layers, 1)), *_in_place(_placed(plain, 2)))
 
 
 def whole_digest_before(layers: Mapping[str, Tensor], whole: Mapping[str, Tensor], adapter: str) -> Tensor:
@@ -64,6 +68,12 @@ def whole_digest_before(layers: Mapping[str, Tensor], whole: Mapping[str, Tensor
     both = (_placed(layers, 1), _placed(_plain(whole, adapter), 2))
     last = [list({one[0]: one for one in placed}.values()) for placed in both]
     return content_digest(*_in_place(last[0]), *_in_place(last[1]))
+
+
+def _rows_of_any(key: str, adapter: str) -> str:
+    """The same for trained rows of embeddings under whatever name of the adapter, and in its file."""
+    stem = key.removesuffix(f"{_ROWS}.{adapter}").removesuffix(_ROWS)
+    return key if stem == key else f"{stem}{_ROWS}.default"
 
 
 def _plain(whole: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ from .probe import OTHER_FACTORS, SIZE, TOLERANCE, fixed_noise, relative_differe
 from .sources import NOWHERE, DataDirections, Sources
 from .targets import rank_of, shape_of
 
+_ROWS = 1024
 _NOISE = 0.3
 """What ``init_weights=False`` changes of a weight, relative to its Frobenius norm."""
 
@@ -312,8 +313,23 @@ class QSVFTLinear(AdaptedLinear):
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def _delta(self, adapter: str, W: Tensor) -> Tensor:
-        unit = torch.eye(self.in_features, dtype=torch.float32, device=W.device)
-        return self._apply_delta(adapter, unit, self.M(adapter).detach(), W).T
+        M, n = self.M(adapter).detach(), self.in_features
+        delta = torch.empty(n, self.out_features, dtype=torch.float32, device=W.device)
+        for start in range(0, n, _ROWS):  # of the unit matrix, which as a whole may be larger than the weight
+            rows = delta[start : start + _ROWS]
+            unit = torch.zeros(len(rows), n, dtype=torch.float32, device=W.device)
+            unit[:, start:].fill_diagonal_(1.0)
+            rows.copy_(self._apply_delta(adapter, unit, M, W))
+        return delta.T
+
+    @torch.no_grad()
+    def merged_weight(self, adapters: Sequence[str]) -> Tensor:
+        """W + dW of these adapters, (m, n) in fp32, of the weight without any that is merged."""
+        W = self.original_weight().float()
+        merged = W.clone()
+        for name in adapters:
+            merged += self._delta(name, W)
+        return merged
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -334,10 +350,7 @@ class QSVFTLinear(AdaptedLinear):
                 broken = f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 raise ValueError(f"{broken}: {error}") from error
         original = self.original_base()
-        W = self.original_weight().float()
-        merged = W.clone()
-        for name in (*self.merged_adapters, *names):
-            merged += self._delta(name, W)
+        merged = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 f"{self.module_name}: merging {names} gives NaN or Inf; expected finite weights. The adapter is "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .sources import Sources, sources_of, weights_file
 from .tasks import whole
 
 ADAPTER = "default"
-_M, _PROBE = ".qsvft_M.weight", ".qsvft_probe"
+_M = ".qsvft_M.weight"
 
 
 class SavedAdapter:
@@ -44,23 +44,21 @@ class SavedAdapter:
         """Of its layers, in the model."""
         if not self.names:
             raise ValueError(f"{path}: found no M in it; expected one a layer. Save the adapter again.")
-        self.trained_whole = {key: tensor for key, tensor in parameters.items() if self._is_whole(key)}
+        self.trained_whole = {key: tensor for key, tensor in parameters.items() if is_whole(key, config)}
         """What trains beside M, by its keys in the file: modules, biases, rows of embeddings."""
 
-    def _is_whole(self, key: str) -> bool:
-        if key.endswith((_M, _PROBE)):
-            return False
-        named = any(f".{name}." in f".{key}" for name in whole(self.config))
-        return named or ".token_adapter." in key or (self.config.bias != "none" and key.endswith(".bias"))
-
     def layers(
-        self, base: Callable[[str], nn.Module], factors: FactorSource | None = None
+        self,
+        base: Callable[[str], nn.Module],
+        factors: FactorSource | None = None,
+        order: Sequence[str] | None = None,
     ) -> Iterator[tuple[str, QSVFTLinear]]:
         """Each layer with its M, on its base; what binds all of them is checked after the last.
 
         Args:
             base: gives a layer's base by its name.
             factors: where factors are that the adapter does not bring along.
+            order: of the layers' names; None as they are in the file.
 
         Raises:
             ValueError: what loading the adapter refuses.
@@ -68,7 +66,7 @@ class SavedAdapter:
         sources = Sources(self._sources.own, None, factors)
         digests: dict[str, Tensor] = {}
         here: dict[str, bytes] = {}
-        for name in self.names:
+        for name in self.names if order is None else order:
             layer = QSVFTLinear(base(name), ADAPTER, self.config, name, sources)
             digests[name], here[name] = self._reader.check_layer(name, layer, ADAPTER), layer.base_digest
             with torch.no_grad():
@@ -76,3 +74,12 @@ class SavedAdapter:
             yield name, layer
         self._reader.check_whole(digests, self.trained_whole, ADAPTER)
         self._reader.say_other_base(here)
+
+
+def is_whole(key: str, config: QSVFTConfig) -> bool:
+    """Whether a saved adapter's tensor is one that trains beside M: of a module, a bias, rows of embeddings."""
+    if ".qsvft_" in key:
+        return False
+    # What is tied to a module that trains whole is not named, and trains with it.
+    named = config.ensure_weight_tying or any(f".{name}." in f".{key}" for name in whole(config))
+    return named or ".token_adapter." in key or (config.bias != "none" and key.endswith(".bias"))

@@ -29,7 +29,7 @@ DIGEST_SIZE = 32
 OTHER_FACTORS = (
     "If it was trained with factors computed elsewhere, give it those: load the base from the prepared directory "
     "(qsvft.from_pretrained(DIR) or AutoModelForCausalLM.from_pretrained(DIR)), or call qsvft.use_factors(model, DIR) "
-    "before (--factors DIR on the command line), or save the adapter where it was trained with "
+    "before (--base DIR on the command line), or save the adapter where it was trained with "
     "save_pretrained(..., include_factors=True)."
 )
 """What to do where the weight is right and the singular vectors are not."""

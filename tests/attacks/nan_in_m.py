@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from scene import WEIGHTS, adapter, answer, change, checkpoint
 
-from qsvft.merging import merge_adapter
+import qsvft
 
 REFUSED = "q_proj: M of adapter 'default' holds 1 NaN or Inf values"
 
@@ -19,6 +19,8 @@ def attack(place: Path) -> str:
         tensors[key][3] = torch.nan
 
     change(folder / WEIGHTS, spoil)
-    said = answer(lambda: merge_adapter(folder, place / "merged", base=checkpoint(place), progress=False))
+    said = answer(
+        lambda: qsvft.export(folder, place / "merged", base=checkpoint(place), progress=False, format="dense")
+    )
     assert not list((place / "merged").glob("*.safetensors"))
     return said

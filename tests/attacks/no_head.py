@@ -4,7 +4,7 @@ from pathlib import Path
 
 from scene import adapter, answer, change, checkpoint
 
-from qsvft.merging import merge_adapter
+import qsvft
 
 REFUSED = "lacks 1 tensors of LlamaForCausalLM, such as lm_head.weight"
 
@@ -13,4 +13,4 @@ def attack(place: Path) -> str:
     """What is said of it."""
     folder, base = adapter(place), checkpoint(place)
     change(base / "model.safetensors", lambda tensors: tensors.pop("lm_head.weight"))
-    return answer(lambda: merge_adapter(folder, place / "merged", base=base, progress=False))
+    return answer(lambda: qsvft.export(folder, place / "merged", base=base, progress=False, format="dense"))

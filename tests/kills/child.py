@@ -10,7 +10,6 @@ from small_models import load, randomize
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import qsvft
-from qsvft.merging import merge_adapter
 
 
 def preparing(folder: Path) -> None:
@@ -36,7 +35,7 @@ def merging(folder: Path) -> None:
     ready()
     for number in range(10**6):
         adapter = folder / ("first", "second")[number % 2]
-        merge_adapter(adapter, folder / "merged" / str(number), base=str(folder / "source"), device_map="cpu")
+        qsvft.export(adapter, folder / "merged" / str(number), base=str(folder / "source"), format="dense")
 
 
 def training(folder: Path) -> None:

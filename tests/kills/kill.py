@@ -28,7 +28,6 @@ from small_models import load, randomize, save_llama
 
 import qsvft
 from qsvft.checkpoint.prepared.record import is_finished
-from qsvft.merging import merge_adapter
 
 CHILD = Path(__file__).resolve().parent / "child.py"
 SMALL = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256}
@@ -80,7 +79,7 @@ def merged(folder: Path) -> None:
     states = folder / "states"
     for adapter in ("first", "second"):
         if not (states / adapter).exists():
-            merge_adapter(folder / adapter, states / adapter, base=str(folder / "source"), device_map="cpu")
+            qsvft.export(folder / adapter, states / adapter, base=str(folder / "source"), format="dense")
     shown = {path.parent for path in (folder / "merged").glob("*/[!.]*")}
     for number in (int(path.name) for path in shown):
         expected = states / ("first", "second")[number % 2]

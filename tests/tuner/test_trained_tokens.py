@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from small_models import load, logits, save_llama, tokens
+from safetensors.torch import load_file
+from small_models import load, logits, same_tensors, save_llama, tokens
 
 import qsvft
 from qsvft.lean.chunked_loss import disable_chunked_loss
@@ -55,6 +56,8 @@ def test_what_trains_of_the_embeddings_is_saved_loaded_and_merged(folder, tmp_pa
     assert float((logits(merged) - expected).norm()) < 0.05 * float(expected.norm())  # M's part is rounded to bf16
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+    qsvft.export(tmp_path, tmp_path / "dense", format="dense", base=folder, dtype="bfloat16", progress=False)
+    assert same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("dense", "merged")))
 
 
 @pytest.mark.parametrize("changed", [{"trainable_token_indices": [1]}, {"modules_to_save": ["norm"]}], ids=str)
@@ -118,3 +121,14 @@ def test_an_adapter_with_more_tokens_than_the_model_has_is_refused(folder, tmp_p
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match=r"99 is no row of model.embed_tokens"):
         PeftModel.from_pretrained(load(folder), tmp_path)
+
+
+def test_rows_that_trained_under_one_name_are_loaded_under_another(folder, tmp_path):
+    model = qsvft.prepare(load(folder), rank=8, adapter_name="mine", trainable_token_indices=IDS, progress=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(qsvft.quantize(load(folder)), tmp_path / "mine")
+    assert torch.equal(logits(again), logits(model))

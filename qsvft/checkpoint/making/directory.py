@@ -11,7 +11,6 @@ a crash, a full disk or a kill leaves whole units and nothing else that counts.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -37,7 +36,6 @@ MANIFEST = ".qsvft-preparing.json"
 LOCK = ".qsvft-preparing.lock"
 WRITING = ".qsvft-writing"
 _OURS = ".qsvft-"
-_SPARE_BYTES = 64 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -188,20 +186,6 @@ class Directory:
             _save(tensors, temporary, metadata)
         return Record(path.name, records, sum(tensor.nbytes for tensor in tensors.values()), source)
 
-    def check_room(self, nbytes: int) -> None:
-        """Refuse to begin what does not fit on the disk.
-
-        Raises:
-            OSError: fewer bytes are free than are still to be written.
-        """
-        free = shutil.disk_usage(self.folder).free
-        if free < nbytes + _SPARE_BYTES:
-            raise OSError(
-                errno.ENOSPC,
-                f"{self.folder}: {_gib(nbytes)} are still to be written, {_gib(free)} are free on its file system. "
-                "Free some space, or give a target elsewhere",
-            )
-
     def finish(self, records: dict[str, Record], config: dict[str, Any], copied: Sequence[Path]) -> None:
         """Write what makes the directory a model: config, tokenizer, and the index as the last.
 
@@ -235,7 +219,3 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with whole_file(path, path.parent / WRITING) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -42,6 +42,7 @@ class Job:
         config: for which adapters, None for the default of ``given``.
         given: single options of a :class:`~qsvft.QSVFTConfig`.
         dtype: of the weights before they are quantised; None as the checkpoint has them.
+        brought: modules that the checkpoint may lack, since an adapter has them.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +50,7 @@ class Job:
     config: QSVFTConfig | None = None
     given: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    brought: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -61,7 +63,7 @@ class Job:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model on the meta device with linear layers for experts: what is written."""
-        _ = self._source_names  # which weights are tied may follow from the checkpoint
+        _ = self.source_names  # which weights are tied may follow from the checkpoint
         if not any(expert_parameters(module) for module in self.source_model.modules()):
             return self.source_model
         model = deepcopy(self.source_model)
@@ -87,13 +89,14 @@ class Job:
         return Options(self.bits, config, dtype, tuple(left_whole(config)))
 
     @cached_property
-    def _source_names(self) -> Names:
-        return pieces_of(self.checkpoint, self.source_model)
+    def source_names(self) -> Names:
+        """How the checkpoint's keys give the tensors of the model as its class makes it."""
+        return pieces_of(self.checkpoint, self.source_model, self.brought)
 
     @cached_property
     def names(self) -> Names:
         """How the checkpoint's keys give the model's tensors."""
-        found = self._source_names
+        found = self.source_names
         pieces = pieces_of_experts(self.checkpoint, self.source_model, self.model, found.pieces)
         return replace(found, pieces=tuple(pieces))
 
@@ -137,7 +140,7 @@ class Job:
         self.checkpoint.check_unchanged()
         record = target.write(number, tensors, source)
         del tensors
-        _give_memory_back()
+        give_memory_back()
         return record
 
 
@@ -151,6 +154,7 @@ def open_job(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
+    brought: Sequence[str] = (),
 ) -> Job:
     """Open a checkpoint, and check everything that can be checked before work begins; see :func:`prepare_checkpoint`.
 
@@ -158,7 +162,7 @@ def open_job(
         ValueError: what cannot be prepared, or not with these options.
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, token=token)
-    job = Job(checkpoint, bits, config, dict(options), chosen_dtype(dtype))
+    job = Job(checkpoint, bits, config, dict(options), chosen_dtype(dtype), tuple(brought))
     if not job.units:
         raise ValueError(f"{checkpoint.name}: found no tensors of {type(job.model).__name__}, expected its weights")
     if job.names.unknown:
@@ -180,8 +184,8 @@ def chosen_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return chosen
 
 
-def _give_memory_back() -> None:
-    """glibc keeps freed heap for itself; the next matrix may need larger pieces than those."""
+def give_memory_back() -> None:
+    """To the system: glibc keeps freed heap for itself; the next matrix may need larger pieces than those."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -15,6 +15,7 @@ from transformers.utils.logging import tqdm
 from ...storage.json_files import MAX_JSON_BYTES, require_file
 from ...storage.left_dense import report_dense
 from ...storage.quantization import linear_names
+from ...storage.whole_files import check_room
 from ...tuner.config import QSVFTConfig
 from ..prepared.quantizer import PreparedConfig
 from ..source.checkpoint import Checkpoint
@@ -95,7 +96,7 @@ def run_job(job: Job, target: Directory, workers: int, device: torch.device, pro
     with target.locked():
         records = _resumed(job, target, progress)
         pending = [number for number, unit in enumerate(job.units) if unit.name not in records]
-        target.check_room(sum(job.units[number].nbytes for number in pending))
+        check_room(target.folder, sum(job.units[number].nbytes for number in pending))
         try:
             for number, record in _with_progress(job, target, pending, workers, device, progress):
                 records[job.units[number].name] = record

@@ -159,16 +159,29 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Pre
         if (part := getattr(config, key, None)) is not None:
             part.dtype = dtype
     try:
-        with torch.device("meta"):
-            model = cls._from_config(config, dtype=chosen)
+        model = on_meta(config, cls, chosen)
     except Exception as error:
         raise ValueError(
             f"{checkpoint.folder / CONFIG}: transformers cannot build {cls.__name__} of it ({_first_line(error)}). "
             "Expected a config that belongs to the checkpoint: copy or download it again."
         ) from error
-    _keep_in_fp32(model, chosen)
     model.config.name_or_path = checkpoint.name
     return model.requires_grad_(False).eval()
+
+
+def on_meta(config: PretrainedConfig, kind: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without values.
+
+    Args:
+        config: of it.
+        kind: its class, or one of transformers' Auto classes.
+        dtype: of its tensors, but for those that transformers keeps in fp32.
+    """
+    make = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
+    with torch.device("meta"):
+        model: PreTrainedModel = make(config, dtype=dtype)
+    _keep_in_fp32(model, dtype)
+    return model
 
 
 def _check_layers(config: PretrainedConfig, checkpoint: Checkpoint) -> None:

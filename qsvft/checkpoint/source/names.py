@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...storage.left_dense import under
 from ...storage.tensor_index import first_few
 from .architecture import FLOATS, empty_model, model_class, read_config
 from .checkpoint import Checkpoint
@@ -24,13 +25,14 @@ from .tied import holders, untie_what_differs
 __all__ = ["Conversion", "Names", "Piece", "empty_model", "model_class", "pieces_of", "read_config", "read_piece"]
 
 
-def pieces_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
+def pieces_of(checkpoint: Checkpoint, model: PreTrainedModel, brought: Collection[str] = ()) -> Names:
     """Match a checkpoint with its model.
 
     Args:
         checkpoint: its keys, shapes and dtypes are looked at. Values are read of weights alone that the config ties
             and the checkpoint has twice.
         model: of :func:`empty_model`. Tied weights of which the checkpoint has two that differ are untied in it.
+        brought: modules that the checkpoint may lack, by any part of their names, since an adapter has them.
 
     Raises:
         ValueError: parameters or buffers that no key gives and that are not tied to one that is given; two keys for
@@ -48,7 +50,8 @@ def pieces_of(checkpoint: Checkpoint, model: PreTrainedModel) -> Names:
     held = holders(model)
     pieces = _each_once(checkpoint, found, held)
     given = {target for piece in pieces for target in piece.targets}
-    _check_missing(checkpoint, model, [name for name, holder in held.items() if holder not in given])
+    missing = [name for name, holder in held.items() if holder not in given and not under(name, brought)]
+    _check_missing(checkpoint, model, missing)
     return Names(
         pieces=tuple(pieces),
         unknown=tuple(_unknown(model, {key: name for key, (name, _) in renamed.items() if name not in state})),

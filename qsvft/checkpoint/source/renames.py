@@ -25,7 +25,7 @@ def _table_modules() -> tuple[Any, Any]:
         )
     except ImportError:
         return None, None
-    needed = ("rename_source_key", "dot_natural_key", "WeightRenaming", "WeightConverter")
+    needed = ("rename_source_key", "dot_natural_key", "WeightRenaming", "WeightConverter", "revert_weight_conversion")
     known = hasattr(mapping, "get_model_conversion_mapping") and all(hasattr(loading, name) for name in needed)
     return (mapping, loading) if known else (None, None)
 
@@ -78,6 +78,16 @@ def convert(
         converter.add_tensor(name, key, pattern, tensor)
     found = converter.convert(name, model=model, config=model.config)
     return {target: value[0] if isinstance(value, list) else value for target, value in found.items()}
+
+
+def as_in_checkpoints(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by the names, and in the shapes, that its checkpoints have: loading, the other way round.
+
+    Args:
+        model: on the meta device, made of a config.
+        tensors: by their names in its state; all that are converted together.
+    """
+    return core.revert_weight_conversion(model, tensors) if core is not None else tensors
 
 
 def dtype_pattern(modules: Sequence[str]) -> re.Pattern[str]:

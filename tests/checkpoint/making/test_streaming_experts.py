@@ -15,7 +15,6 @@ from qsvft.checkpoint.making.job import open_job
 from qsvft.checkpoint.prepared.model_state import state_of
 from qsvft.checkpoint.source.checkpoint import Checkpoint
 from qsvft.checkpoint.source.pieces import read_piece
-from qsvft.merging import merge_adapter
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "intermediate_size": 96, "num_experts_per_tok": 2}
@@ -87,7 +86,7 @@ def test_saved_again_reloaded_with_its_adapter_and_merged(source, tmp_path):
     for base in (folder, tmp_path / "again"):
         found = qsvft.from_pretrained(base, adapter=tmp_path / "adapter", progress=False)
         assert torch.equal(logits(found), expected)
-    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=folder, progress=False)
+    qsvft.export(tmp_path / "adapter", tmp_path / "merged", base=folder, progress=False, format="dense")
     names = load_file(tmp_path / "merged" / "model.safetensors").keys()
     assert names == load_file(source / "model.safetensors").keys()  # those that other programs read
     merged = logits(dense(tmp_path / "merged"))

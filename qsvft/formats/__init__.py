@@ -1,0 +1,1 @@
+"""what an adapter is exported as: LoRA, dense model, GGUF"""
