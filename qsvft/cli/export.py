@@ -29,9 +29,7 @@ def export_command(
     ] = "held",
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help=f"One of {', '.join(EXPORT_DTYPES)}; left out, bfloat16 of a LoRA, the base's of a model."
-        ),
+        typer.Option(help=f"One of {', '.join(EXPORT_DTYPES)}; left out, bfloat16 of a LoRA, the base's of a model."),
     ] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option(help="A checkout of llama.cpp, whose converters write GGUF; or $LLAMA_CPP.")

@@ -42,9 +42,11 @@ class Exported:
     moved: float | None = None
 
     def __str__(self) -> str:
-        what = f"LoRA of rank {self.rank} on" if self.rank is not None else f"dense model in {self.dtype}, of which"
-        rest = f"{self.layers} layers" if self.rank is not None else f"{self.layers} layers change"
-        lines = [f"{what} {rest}: {self.folder}"]
+        file = ", as one GGUF file" if self.format.startswith("gguf") else ""
+        what = f"dense model in {self.dtype}, of which {self.layers} layers change"
+        if self.rank is not None:
+            what = f"LoRA of rank {self.rank} on {self.layers} layers"
+        lines = [f"{what}{file}: {self.folder}"]
         if self.errors:
             lines += ["of the adapter's change a LoRA leaves out (Frobenius norm, all layers):"]
             lines += [f"  rank {rank:>3}  {error:.2%}" for rank, error in self.errors.items()]

@@ -6,7 +6,7 @@ from scene import adapter, answer, change, checkpoint
 
 import qsvft
 
-REFUSED = "lacks 1 tensors of LlamaForCausalLM, such as lm_head.weight"
+REFUSED = "no weights for 'lm_head.weight' of LlamaForCausalLM"
 
 
 def attack(place: Path) -> str:

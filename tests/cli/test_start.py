@@ -38,7 +38,7 @@ def imported_by(*arguments):
         (["--version"], 0),
         (["nonsense"], 2),
         (["--nonsense"], 2),
-        *[([command, "--help"], 0) for command in ("export", "info", "merge", "prepare", "profile")],
+        *[([command, "--help"], 0) for command in ("export", "info", "prepare", "profile")],
         (["prepare", "source"], 2),
         (["prepare", "source", "target", "--bits", "four"], 2),
         (["profile", "llama-3-8b", "--nonsense"], 2),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
 import shutil
 import subprocess
@@ -115,6 +116,7 @@ def main() -> int:
     lost = 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        os.environ["QSVFT_CACHE"] = str(folder / "cache")
         save_llama(folder / "source", **SMALL)
         for seed, adapter in enumerate(("first", "second")):
             model = qsvft.prepare(load(folder / "source"), 16, progress=False, rank=8)
