@@ -16,6 +16,7 @@ from .storage.quantization import quantize
 from .tuner import QSVFTConfig, QSVFTModel
 from .tuner.calibration import calibrate
 from .tuner.learning_rate import suggest_learning_rate
+from .tuner.sharding import make_shardable
 from .tuner.stop_at_nan import StopAtNaN
 from .use_factors import use_factors
 
@@ -34,6 +35,7 @@ __all__ = [
     "from_pretrained",
     "held_bytes",
     "load",
+    "make_shardable",
     "prepare",
     "prepare_checkpoint",
     "profile",

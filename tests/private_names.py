@@ -296,7 +296,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "peft.tuners.tuners_utils.BaseTuner._get_learnable_bias_state_dict",
-        "tuner/adapter_file.py",
+        "tuner/adapter_file.py tuner/model.py",
         "which biases PEFT saves with an adapter that trains them",
         "a public function that says so",
     ),
@@ -570,6 +570,12 @@ PRIVATE_NAMES = [
         _FLAG,
         "a documented way to say so",
         _says("transformers.quantizers.base", "quantization_method"),
+    ),
+    PrivateName(
+        "transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref",
+        "storage/split_weights.py",
+        "who is to split weights as they are made, put aside and back",
+        "a public context in which transformers builds whole weights under ZeRO-3",
     ),
     PrivateName(
         "transformers.quantizers.HfQuantizer._process_model_after_weight_loading",

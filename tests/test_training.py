@@ -212,6 +212,7 @@ def test_a_4_bit_base_that_fsdp_shards_trains_and_saves_the_adapter_of_one_proce
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert found["sharded"] > found["trained"] == 14
+    assert found["whole_factors"] == 0 and found["factors"] >= 2 * 14
     assert found["error_to_one_process"] < 1e-5
     loaded = PeftModel.from_pretrained(qsvft.quantize(load(llama, torch.float32), 4), tmp_path / "adapter")
     assert sum(float(M.norm()) for M in coefficients(loaded).values()) == pytest.approx(found["size"])

@@ -130,11 +130,14 @@ class StoredMatrix(nn.Module):
     Attributes:
         bits: 16, 8 or 4.
         rows, columns: the matrix's shape.
+        disguised: the true dtypes of the parts that :meth:`be_sharded` made parameters of.
     """
 
     def __init__(self, bits: int, columns: int, parts: dict[str, Tensor]) -> None:
         super().__init__()
         self.bits, self.columns = bits, columns
+        self.disguised: dict[str, torch.dtype] = {}
+        self._names = tuple(parts)
         for name, part in parts.items():
             self.register_buffer(name, part, persistent=False)
 
@@ -161,6 +164,16 @@ class StoredMatrix(nn.Module):
         for name, part in other.named_buffers():
             setattr(self, name, torch.cat([getattr(self, name), part[start:]]))
 
+    def be_sharded(self, dtype: torch.dtype) -> None:
+        """Hold the parts as frozen parameters, which FSDP and ZeRO-3 split between processes, their bytes in tensors of
+        a floating ``dtype`` as bitsandbytes' ``quant_storage`` does. A part whose rows do not fill whole numbers of it
+        stays a buffer."""
+        for name, part in list(self.named_buffers()):
+            if part.shape[1] * part.element_size() % dtype.itemsize == 0:
+                delattr(self, name)
+                self.disguised[name] = part.dtype
+                self.register_parameter(name, nn.Parameter(part.contiguous().view(dtype), requires_grad=False))
+
     @property
     def rows(self) -> int:
         """How many rows it holds."""
@@ -185,7 +198,13 @@ class StoredMatrix(nn.Module):
         return sum(part.numel() * part.element_size() for part in self._held())
 
     def _held(self) -> Parts:
+        if self.disguised:
+            return tuple(self._part(name) for name in self._names)
         return tuple(self._buffers.values())  # type: ignore[arg-type]  # all of them tensors, in every forward
+
+    def _part(self, name: str) -> Tensor:
+        part: Tensor = getattr(self, name)
+        return part.detach().view(self.disguised[name]) if name in self.disguised else part
 
     def _apply(self, fn: Any, recurse: bool = True) -> StoredMatrix:
         """Move with the model, but keep dtypes: a cast of the scales would be another matrix."""

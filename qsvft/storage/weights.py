@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .digests import tensor_bytes
 from .nf4 import packed_weight, quant_state
 from .shapes_only import shapes_only_active
+from .split_weights import refuse_split
 
 _UNIT_ROWS = 512
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +51,7 @@ def check_weight(name: str, layer: nn.Module) -> None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return
+    refuse_split(name, weight)
     if weight.device.type == "meta":
         if shapes_only_active():
             return
@@ -75,6 +77,7 @@ def check_weight(name: str, layer: nn.Module) -> None:
 def check_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse parameters that are no layer's weight, such as embeddings and norms, with NaN or Inf in them, by name."""
     for name, tensor in tensors:
+        refuse_split(name, tensor)
         packed = isinstance(tensor, bnb.nn.Params4bit)  # in bytes that a dtype of floats may hold (quant_storage)
         if tensor.dtype in _FLOATS and not tensor.is_meta and not packed:
             module, _, leaf = name.rpartition(".")

@@ -21,7 +21,7 @@ from ..storage.nf4_product import slice_products
 from ..storage.weights import weight_as_held
 from .config import QSVFTConfig
 from .form import Form
-from .parameter import Coefficients, check_finite, with_coefficients
+from .parameter import check_finite, with_coefficients
 from .read_weight import ReadWeight
 
 
@@ -77,9 +77,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def M(self, adapter: str) -> nn.Parameter:  # noqa: N802 - the paper's name
         """The entries of an adapter's M, in its pattern's order."""
-        held = self.qsvft_M[adapter]
-        assert isinstance(held, Coefficients)
-        return held.weight
+        held: Any = self.qsvft_M[adapter]  # Coefficients, or FSDP's wrapper of them
+        values: nn.Parameter = held.weight
+        return values
 
     def check_finite(self, adapter: str) -> None:
         """Refuse an M that holds NaN or Inf."""

@@ -84,7 +84,7 @@ def _add_records(
         )
     selected[key] = selected[key].to(torch.float32)
     base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
-    probe = selected.setdefault(f"{name}.qsvft_probe.{adapter}", layer.qsvft_probe[adapter])
+    probe = selected.setdefault(probe_key(name, adapter), layer.qsvft_probe[adapter])
     found = {_M: selected[key], _PROBE: probe, "qsvft_base": base}
     if isinstance(pattern, IndexPattern) and layer.settings[adapter].pattern == "top_k":
         entries = pattern.flat()
@@ -101,6 +101,11 @@ def _add_records(
 def m_key(layer: str, adapter: str) -> str:
     """M's name in a model's state."""
     return f"{layer}.qsvft_M.{adapter}.weight"
+
+
+def probe_key(layer: str, adapter: str) -> str:
+    """The probe's name in a model's state."""
+    return f"{layer}.{_PROBE}.{adapter}"
 
 
 def _no_digest() -> Tensor:
@@ -210,11 +215,11 @@ class AdapterReader:
         """
         M, probe = self._find(name, _M), self._find(name, _PROBE)
         base, digest = self._find(name, "qsvft_base"), self._find(name, "qsvft_digest")
-        expected = layer.M(adapter)
-        if tuple(M.shape) != tuple(expected.shape) or M.dtype != torch.float32:
+        expected = (layer.pattern(adapter).count,)  # FSDP may hold a part of M
+        if tuple(M.shape) != expected or M.dtype != torch.float32:
             raise ValueError(
                 f"{name}: the adapter's M is {M.dtype} of shape {tuple(M.shape)}, expected torch.float32 of shape "
-                f"{tuple(expected.shape)} (pattern '{self.config.pattern}' at rank {layer.pattern(adapter).rank} on a "
+                f"{expected} (pattern '{self.config.pattern}' at rank {layer.pattern(adapter).rank} on a "
                 f"{layer.out_features} x {layer.in_features} weight). The adapter is of another model or config."
             )
         check_finite(name, adapter, M)
@@ -287,7 +292,7 @@ class AdapterReader:
 def saved_whole_keys(model: nn.Module, adapter: str, config: QSVFTConfig, state_dict: Mapping[str, Tensor]) -> set[str]:
     """The state's keys of what the adapter trains whole: modules, rows of embeddings, biases."""
     modules = {
-        f"{name.removeprefix('_fsdp_wrapped_module.')}.{key}"
+        f"{name.replace('_fsdp_wrapped_module.', '')}.{key}"
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
         for key in module.adapter_state_dict_load_map(adapter).values()

@@ -196,7 +196,10 @@ class QSVFTLinear(AdaptedLinear):
         return self.settings[adapter].residual_base and isinstance(self.base_layer, ResidualLinear)
 
     def _residual_coefficients(self, adapters: list[str], h: Tensor) -> Tensor:
-        z = [self.pattern(name).product(h, self.M(name), self.scale_of(name)) for name in adapters]
+        def product(name: str, M: Tensor, h: Tensor) -> Tensor:
+            return self.pattern(name).product(h, M, self.scale_of(name))
+
+        z = [self.qsvft_M[name](partial(product, name), h) for name in adapters]
         return sum(z[1:], z[0])
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -215,10 +218,14 @@ class QSVFTLinear(AdaptedLinear):
     def _updated(self, adapter: str, base: Tensor, x: Tensor) -> Tensor:
         """base plus the adapter's update of x, computed in the compute dtype (autocast's if active)."""
         products_alone = self.forms[adapter].kind == "both" and self.settings[adapter].pattern == "dense"
-        return in_compute_dtype(x, lambda a: self._apply_form(adapter, base, a), products_alone)
 
-    def _apply_form(self, adapter: str, base: Tensor, a: Tensor, values: Tensor | None = None) -> Tensor:
-        M = self.M(adapter) if values is None else values
+        def update(M: Tensor, base: Tensor, x: Tensor) -> Tensor:
+            return in_compute_dtype(x, lambda a: self._apply_form(adapter, base, a, M), products_alone)
+
+        updated: Tensor = self.qsvft_M[adapter](update, base, x)
+        return updated
+
+    def _apply_form(self, adapter: str, base: Tensor, a: Tensor, M: Tensor) -> Tensor:
         pattern, form = self.pattern(adapter), self.forms[adapter]
         scale = self.scale_of(adapter)
         if form.kind == "both":

@@ -24,7 +24,7 @@ from ..storage.factor_names import parse_name
 from ..storage.quantization import dequantize, disable_cpu_repacking
 from ..storage.weights import HeldLinear, describe_base
 from ..version import __version__
-from .adapter_file import AdapterReader, add_records, saved_whole_keys
+from .adapter_file import PREFIX, AdapterReader, add_records, m_key, probe_key, saved_whole_keys
 from .config import QSVFTConfig
 from .experts import experts_split, named_parameters
 from .layer import QSVFTLinear
@@ -181,11 +181,15 @@ class QSVFTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """M and the probe, with what loading checks, and the factors of a self-contained adapter."""
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT looks for a layer's tensors under its name in the model, which FSDP's wrappers change.
+        layers = named_layers(model, adapter_name)
+        keys = {m_key(name, adapter_name) for name, _ in layers} | {probe_key(name, adapter_name) for name, _ in layers}
+        selected = {key: tensor for key, tensor in state_dict.items() if key in keys}
+        selected |= cls._get_learnable_bias_state_dict(model, state_dict, config)
         config.base = describe_model(model)
-        keys = saved_whole_keys(model, adapter_name, config, state_dict)
-        whole = {key: state_dict[key] for key in keys if key in state_dict}
-        add_records(selected, named_layers(model, adapter_name), adapter_name, config.include_factors, whole)
+        trained_whole = saved_whole_keys(model, adapter_name, config, state_dict)
+        whole = {key: state_dict[key] for key in trained_whole if key in state_dict}
+        add_records(selected, layers, adapter_name, config.include_factors, whole)
         return selected
 
     @classmethod
@@ -206,7 +210,16 @@ class QSVFTModel(BaseTuner):
             for _, layer in layers:
                 layer.refuse(adapter_name)
             raise
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, reader.parameters)
+        # As PEFT's own, but under names without FSDP's wrappers.
+        here = {}
+        for name, _ in layers:
+            for key in (m_key(name, adapter_name), probe_key(name, adapter_name)):
+                saved = cls._remove_adapter_name_from_key(key, adapter_name)
+                here[saved] = here[PREFIX + saved] = key
+        # FSDP1's wrapper hides from PEFT that the names begin with this; it then takes it away once.
+        hidden = not any(name.startswith(PREFIX) for name, _ in model.named_parameters())
+        hidden &= any(name.startswith(PREFIX) for name, _ in layers)
+        return {(PREFIX if hidden else "") + here.get(key, key): M for key, M in reader.parameters.items()}
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         """After a merge the whole model is dense: the layers not adapted are dequantised as well.
@@ -225,7 +238,7 @@ class QSVFTModel(BaseTuner):
 def named_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, QSVFTLinear]]:
     """The adapted layers of a model that carry this adapter, with their names as state_dict has them."""
     return [
-        (name.removeprefix("_fsdp_wrapped_module."), module)
+        (name.replace("_fsdp_wrapped_module.", ""), module)
         for name, module in model.named_modules()
         if isinstance(module, QSVFTLinear) and adapter_name in module.qsvft_M
     ]

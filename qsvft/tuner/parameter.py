@@ -7,6 +7,7 @@ nothing at all. A cast that carries no new value is therefore ignored; new value
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class Coefficients(nn.Module):
         self.weight: nn.Parameter = Float32Parameter(values)
         self.register_load_state_dict_post_hook(_stay_float32)
 
+    def forward(self, update: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """``update(M, *inputs)``: within it M is whole where FSDP or ZeRO-3 has split it between processes."""
+        return update(self.weight, *inputs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Coefficients:
         """Move, but stay fp32, the gradient as well."""
         super()._apply(fn, recurse)
@@ -75,7 +80,7 @@ class Coefficients(nn.Module):
 def _stay_float32(held: nn.Module, *_: Any) -> None:
     """Loading with ``assign=True`` or moving to another backend makes a plain parameter of M."""
     weight = held.weight
-    if isinstance(weight, Tensor) and not isinstance(weight, Float32Parameter) and weight.dtype == torch.float32:
+    if type(weight) is nn.Parameter and weight.dtype == torch.float32:  # and no part of one, as FSDP2 has it
         held.weight = Float32Parameter(weight.data, weight.requires_grad)
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from markdown_it import MarkdownIt
 
 from qsvft.options.recipe import load_yaml, read_recipe
@@ -184,6 +186,13 @@ def arguments_parse(words: list[str]) -> None:
     raise AssertionError(f"{shlex.join(words)}: it parses no arguments")
 
 
+def is_a_launch(words: list[str]) -> None:
+    """Let accelerate read its file and arguments, and the script its own."""
+    arguments = launch_command_parser().parse_args(words[2:])
+    assert load_config_from_file(str(ROOT / arguments.config_file)).num_processes == 2
+    arguments_parse(["python", arguments.training_script, *arguments.training_script_args])
+
+
 def is_a_target(words: list[str]) -> None:
     """Let make say what it would do."""
     done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -209,6 +218,7 @@ CHECKED_OTHERWISE: tuple[tuple[str, Callable[[list[str]], None], str], ...] = (
     ("pip install", is_a_project, "downloads gigabytes"),
     ("python benchmarks/", arguments_parse, "takes minutes; tests/test_benchmarks.py runs them at toy size"),
     ("python examples/", arguments_parse, "takes a minute; `make demo` runs it"),
+    ("accelerate launch", is_a_launch, "needs two cards; tests/distributed/ runs it on processors"),
     ("benchmarks/gpu/", is_executable, "needs a card; tests/test_gpu_suite.py rehearses it"),
 )
 """How a command begins, how it is checked in place of running it, and why it is not run."""

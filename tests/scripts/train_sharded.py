@@ -49,12 +49,14 @@ def main():
     warnings.simplefilter("ignore")
     nf4_product.DENSE_BYTES, nf4_product.LEAST_TOKENS = 1024, 1  # products in slices, as of large weights
     dist.init_process_group("gloo")
-    model, mesh = prepared(torch.float32), init_device_mesh("cpu", (2,))
+    model, mesh = qsvft.make_shardable(prepared(torch.float32)), init_device_mesh("cpu", (2,))
     for layer in [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     train(model, [batch(step, dist.get_rank()) for step in range(STEPS)])
     sharded = sum(isinstance(p, DTensor) for p in model.parameters())
+    whole = [name for name, p in model.named_parameters() if ".stored." in name and not isinstance(p, DTensor)]
+    factors = [name for name, p in model.named_parameters() if ".stored." in name and isinstance(p, DTensor)]
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         model.save_pretrained(sys.argv[2], state_dict=state)
@@ -63,7 +65,8 @@ def main():
         expected = {name: p.detach() for name, p in single.named_parameters() if p.requires_grad}
         error = max(float((state[name] - value).norm() / value.norm()) for name, value in expected.items())
         size = sum(float(state[name].norm()) for name in expected)
-        print(json.dumps({"sharded": sharded, "trained": len(expected), "size": size, "error_to_one_process": error}))
+        found = {"sharded": sharded, "factors": len(factors), "whole_factors": len(whole), "trained": len(expected)}
+        print(json.dumps({**found, "size": size, "error_to_one_process": error}))
     dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ...storage.left_dense import under
+from ...storage.split_weights import whole_weights
 from ...storage.tensor_index import INDEX_NAME, read_index
 from .checkpoint import Checkpoint
 from .index import CONFIG
@@ -88,7 +89,10 @@ def load_base(
     if kind is not None:  # the base may have a head of its own, of another size
         options["ignore_mismatched_sizes"] = True
     try:
-        model, report = cls.from_pretrained(path_or_id, output_loading_info=True, trust_remote_code=False, **options)
+        with whole_weights():
+            model, report = cls.from_pretrained(
+                path_or_id, output_loading_info=True, trust_remote_code=False, **options
+            )
     except _OF_VALUES as error:
         raise ValueError(
             f"{path_or_id}: transformers {transformers.__version__} makes no {cls.__name__} of its {CONFIG} and "
@@ -178,7 +182,7 @@ def on_meta(config: PretrainedConfig, kind: Any, dtype: torch.dtype) -> PreTrain
         dtype: of its tensors, but for those that transformers keeps in fp32.
     """
     make = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
-    with torch.device("meta"):
+    with whole_weights(), torch.device("meta"):
         model: PreTrainedModel = make(config, dtype=dtype)
     _keep_in_fp32(model, dtype)
     return model
