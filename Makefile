@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # mkdocs-material's notice about a release of MkDocs that constraints.txt does not take.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs pictures mutants peft-suite attacks fuzz kills test-floor clean
+.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs pictures mutants peft-suite attacks fuzz kills bases test-floor clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/finetune.py
@@ -69,6 +69,18 @@ kills: $(VENV)/installed
 # PEFT's own tests, on adapters of ours; some five minutes.
 peft-suite: $(VENV)/installed
 	$(BIN)/python tests/peft_suite/run.py
+
+# Adapters on the bases of libraries that change more than themselves where they are installed: transformers imports HQQ,
+# PEFT torchao, each at its start and not silently. They get an environment of their own; a few minutes.
+bases: .venv-bases/installed
+	.venv-bases/bin/python -m pytest -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning -W ignore::UserWarning tests/tuner/test_bases.py tests/storage/test_packed.py
+
+.venv-bases/installed: pyproject.toml constraints.txt constraints-bases.txt
+	$(PYTHON) -m venv .venv-bases
+	.venv-bases/bin/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	.venv-bases/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	.venv-bases/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-bases.txt
+	touch $@
 
 # The suite on the lowest versions that pyproject.toml declares. What is about the sources and not about versions
 # (the plan of the code, the docs) is left to `make test`.

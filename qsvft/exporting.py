@@ -133,6 +133,7 @@ def _open_base(
     head = head_of(config, read_config(Path(found).parent if os.path.isfile(found) else found))
     if read_record(found) is not None:
         return Base(Path(found), head, None)
+    config.check_makeable()
     held = config.held_base()
     revision = config.revision if base is None else None
     job = open_job(

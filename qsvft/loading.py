@@ -143,6 +143,8 @@ def from_pretrained(
         wanted = QSVFTConfig.from_pretrained(str(adapter))
         head, held = head_of(wanted, read), wanted.held_base()
     if prepared_record(read) is None:
+        if wanted is not None:
+            wanted.check_makeable()
         base_bits, dtype = bits if bits is not None else held.get("bits", 4), dtype or held.get("dtype")
         given = with_basis(fields, calibration, base_bits == 4) if wanted is None else fields
         named = None if wanted is None else for_base(wanted, head)

@@ -422,6 +422,13 @@ PRIVATE_NAMES = [
         "torch.ops.aten.tanh_backward", "lean/cross_entropy.py", "autograd's own, bit for bit", "a public function"
     ),
     PrivateName(
+        "torch.utils._python_dispatch.__tensor_flatten__",
+        "storage/packed.py",
+        "tells a tensor class of another library, which torch.compile takes apart by it, from a dense tensor",
+        "a public word for a tensor that stands for another",
+        _says("torch.utils._python_dispatch", "__tensor_flatten__"),
+    ),
+    PrivateName(
         "torch.utils._python_dispatch.TorchDispatchMode",
         "memory/ledger.py",
         "sees the result of every operation",

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..maths.aligned import aligned
+from .packed import is_packed_tensor
 
 
 def align_tensors(model: nn.Module, odd_only: bool = False) -> None:
@@ -33,6 +34,8 @@ def own_tensors(model: nn.Module) -> None:
 def _move(model: nn.Module, moved: Callable[[Tensor], Tensor]) -> None:
     every: tuple[Any, ...] = (*model.parameters(), *model.buffers())
     for tensor in every:
+        if is_packed_tensor(tensor):
+            continue
         if (new := moved(tensor.data)).data_ptr() != tensor.data_ptr():
             tensor.data = new
             if getattr(tensor, "CB", None) is not None:  # of an int8 weight: the same rows again

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .packed import is_packed
+
 _OUTPUTS, _INPUTS = 7, 5
 _DENSE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,7 +29,7 @@ _DENSE = (torch.float32, torch.bfloat16, torch.float16)
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is a dense ``nn.Linear`` or ``Conv1D``, or of a subclass whose forward is nn.Linear's map."""
     if type(layer) in (nn.Linear, Conv1D):
-        return True
+        return not is_packed(layer)
     return _is_dense_subclass(layer) and _computes_linear_map(layer)
 
 

@@ -25,8 +25,9 @@ from .experts import expert_layers, is_split, join_experts, parameters_of_expert
 from .left_dense import report_dense, under
 from .linear_layers import is_linear, read_directly
 from .nf4 import empty_nf4_linear, nf4_parameter
+from .packed import is_packed, note_dtype, packing
 from .routers import routers
-from .weights import HeldLinear, check_quant_state, check_weight, dense_dtype, dense_layer, dense_weight
+from .weights import HeldLinear, check_quant_state, check_weight, dense_dtype, dense_layer, dense_weight, weight_as_held
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,12 @@ def quantize(
         return model
     if bits == 16:
         return model
+    packed = next(((name, layer) for name, layer in model.named_modules() if is_packed(layer)), None)
+    if packed is not None:
+        raise ValueError(
+            f"{packed[0]}: the model is quantised already, found {packing(packed[1])}; bits={bits} would quantise it "
+            "twice. Pass bits=16, which leaves the base as it is, or load the model without quantization_config."
+        )
 
     split_experts(model, skip_modules or ())
     targets, skipped = partition_linears(model, skip_modules or [], skip_layers)
@@ -139,7 +146,8 @@ def disable_cpu_repacking(model: nn.Module) -> None:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every bitsandbytes linear by a plain dense one, put experts together and clear the flags."""
+    """Replace every linear layer that is quantised by a plain dense one, put experts together and clear the flags."""
+    note_dtype(model)
     names = _all_names(model)
     done: dict[int, nn.Parameter] = {}
     held: tuple[str, ...] = ()  # what such a layer is made of goes with it
@@ -147,6 +155,8 @@ def dequantize(model: nn.Module) -> nn.Module:
         if isinstance(module, HeldLinear):
             held = (*held, f"{name}.")
             _replace(model, names[name], dense_layer(module, module.dense_weight()))
+        elif is_packed(module):
+            _replace(model, names[name], dense_layer(module, weight_as_held(module)))
         elif isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) and not name.startswith(held):
             weight = dense_weight(module)
             assert weight is not None

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .digests import tensor_bytes
 from .nf4 import packed_weight, quant_state
+from .packed import check_product, is_packed, is_packed_tensor, packed_dtype, packing, read_packed
 from .shapes_only import shapes_only_active
 from .split_weights import refuse_split
 
@@ -49,7 +50,11 @@ class HeldLinear(nn.Module, ABC):
 def check_weight(name: str, layer: nn.Module) -> None:
     """Refuse a layer whose weight cannot be quantised or decomposed, naming the module."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
+    if isinstance(layer, HeldLinear):
+        return
+    if not isinstance(weight, Tensor) or is_packed(layer):
+        if isinstance(getattr(layer, "in_features", None), int):
+            check_product(name, layer)
         return
     refuse_split(name, weight)
     if weight.device.type == "meta":
@@ -65,12 +70,10 @@ def check_weight(name: str, layer: nn.Module) -> None:
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return
     if weight.dtype not in _FLOATS:
-        if weight.is_floating_point() or type(layer) in (nn.Linear, Conv1D, nn.Embedding):
-            raise ValueError(
-                f"{name}: weight dtype {weight.dtype} is not supported; expected float32, bfloat16 or "
-                "float16. Convert the model first, for example with model.to(torch.bfloat16)."
-            )
-        return  # another library's packed integers, read through the layer itself
+        raise ValueError(
+            f"{name}: weight dtype {weight.dtype} is not supported; expected float32, bfloat16 or "
+            "float16. Convert the model first, for example with model.to(torch.bfloat16)."
+        )
     _refuse_infinite(name, "its weight", weight)
 
 
@@ -79,7 +82,7 @@ def check_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         refuse_split(name, tensor)
         packed = isinstance(tensor, bnb.nn.Params4bit)  # in bytes that a dtype of floats may hold (quant_storage)
-        if tensor.dtype in _FLOATS and not tensor.is_meta and not packed:
+        if tensor.dtype in _FLOATS and not tensor.is_meta and not packed and not is_packed_tensor(tensor):
             module, _, leaf = name.rpartition(".")
             _refuse_infinite(module or name, f"its {leaf}", tensor)
 
@@ -131,31 +134,15 @@ def dense_weight(layer: nn.Module) -> Tensor | None:
         return data.float() * (scale.float().view(-1, 1) / 127.0)
     if isinstance(layer, Conv1D):
         return layer.weight.detach().t()
-    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and not is_packed(layer):
         return layer.weight.detach()
     return None
 
 
-def weight_as_held(layer: nn.Module, in_features: int) -> Tensor:
+def weight_as_held(layer: nn.Module) -> Tensor:
     """The weight (m, n) of any layer, dense: as it is stored, or where that is not known here as it computes."""
     weight = dense_weight(layer)
-    return read_through(layer, in_features) if weight is None else weight
-
-
-def read_through(layer: nn.Module, in_features: int) -> Tensor:
-    """The weight (m, n) of a layer of unknown storage (GPTQ, AWQ, ...): its response to unit vectors."""
-    held = [*layer.parameters(), *layer.buffers()]
-    device = held[0].device if held else None
-    dtype = next((t.dtype for t in held if t.is_floating_point()), torch.float32)
-    columns = []
-    with torch.no_grad():
-        bias = layer(torch.zeros(1, in_features, device=device, dtype=dtype))
-        for start in range(0, in_features, _UNIT_ROWS):
-            stop = min(start + _UNIT_ROWS, in_features)
-            unit = torch.zeros(stop - start, in_features, device=device, dtype=dtype)
-            unit[torch.arange(stop - start), torch.arange(start, stop)] = 1
-            columns.append((layer(unit) - bias).t())
-    return torch.cat(columns, dim=1)
+    return read_packed(layer) if weight is None else weight
 
 
 def product_without_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -174,7 +161,7 @@ def product_without_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def weight_digest(layer: nn.Module) -> bytes:
-    """SHA-256 of the weight's own bytes, as stored (packed values and their scales)."""
+    """SHA-256 of the weight's own bytes, as stored (packed values and their scales); of another library's as read."""
     sha = hashlib.sha256()
     for tensor in stored_tensors(layer):
         if tensor.is_meta:
@@ -184,12 +171,13 @@ def weight_digest(layer: nn.Module) -> bytes:
 
 
 def stored_tensors(layer: nn.Module) -> Iterator[Tensor]:
-    """The tensors that hold a layer's weight: packed values and their scales."""
+    """The tensors that hold a layer's weight: packed values and their scales; of another library the weight as read."""
     if isinstance(layer, HeldLinear):
         yield from layer.stored_tensors()
         return
-    weight = next((getattr(layer, n) for n in ("weight", "qweight") if hasattr(layer, n)), None)
-    if not isinstance(weight, Tensor):
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or is_packed(layer):
+        yield read_packed(layer)
         return
     yield weight.data
     state = getattr(weight, "quant_state", None)
@@ -221,8 +209,9 @@ def describe_base(layer: nn.Module) -> dict[str, Any]:
         }
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return {"bits": 8, "quant_type": "int8", "dtype": dtype_name(dense_dtype(layer))}
-    kind = "none" if isinstance(layer, (nn.Linear, Conv1D)) else type(layer).__name__
-    return {"bits": 16, "quant_type": kind, "dtype": dtype_name(getattr(weight, "dtype", None))}
+    if is_packed(layer) or not isinstance(layer, (nn.Linear, Conv1D)):
+        return {"bits": 16, "quant_type": packing(layer), "dtype": dtype_name(packed_dtype(layer))}
+    return {"bits": 16, "quant_type": "none", "dtype": dtype_name(getattr(weight, "dtype", None))}
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
@@ -236,10 +225,11 @@ def dense_dtype(layer: nn.Module) -> torch.dtype:
         return layer.dense_dtype
     if isinstance(layer, bnb.nn.Linear4bit):
         return quant_state(layer).dtype
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if not isinstance(weight, Tensor) or is_packed(layer):
+        return packed_dtype(layer)
+    if weight.is_floating_point():
         return weight.dtype
-    bias = getattr(layer, "bias", None)
     if isinstance(bias, Tensor) and bias.is_floating_point():
         return bias.dtype
     return getattr(layer, "qsvft_dtype", torch.bfloat16)

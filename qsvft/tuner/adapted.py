@@ -18,6 +18,7 @@ from ..storage.basis_key import BasisKey
 from ..storage.factor_files import FactorSource
 from ..storage.factors import StoredBasis
 from ..storage.nf4_product import slice_products
+from ..storage.packed import is_packed
 from ..storage.weights import weight_as_held
 from .config import QSVFTConfig
 from .form import Form
@@ -112,7 +113,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """The base layer's; while an adapter acts beside it, one that refuses to be multiplied with."""
         held: Tensor = super().weight
         acts = not (self.disable_adapters or self.merged) and any(name in self.qsvft_M for name in self.active_adapters)
-        if not acts or not held.is_floating_point() or torch.compiler.is_compiling():
+        if not acts or is_packed(self.get_base_layer()) or torch.compiler.is_compiling():
             return held
         return ReadWeight.of(held, self.module_name)
 
@@ -122,7 +123,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def original_weight(self) -> Tensor:
         """The base weight (m, n) as held, dense and without merged adapters."""
-        return weight_as_held(self.original_base(), self.in_features)
+        return weight_as_held(self.original_base())
 
 
 def _before_loading(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

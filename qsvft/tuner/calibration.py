@@ -32,6 +32,7 @@ from transformers.utils.logging import tqdm
 from ..maths.covariance import CovarianceSketch
 from ..storage.basis_key import BasisKey
 from ..storage.factors import StoredBasis
+from ..storage.packed import ready_packed
 from ..storage.stored_matrix import StoredMatrix
 from .config import QSVFTConfig
 from .given_back import what_rounding_took
@@ -83,6 +84,7 @@ def calibrate(
             "weights=, names with the weights before they were quantised, found none."
         )
     layers = {name: model.get_submodule(name) for name in check_targets(model, config)}
+    ready_packed(model)
     watch = _Watch(layers, config, has_new_head(model, config))
     with _frozen(model), watch.attached(), torch.enable_grad():
         few = islice(batches, MOST_BATCHES)

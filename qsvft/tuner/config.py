@@ -39,6 +39,8 @@ DENSE_RANK = 128
 LEAN_BITS, PAPER_BITS = 8, 16
 """Of U and V where none are given."""
 
+_MADE_HERE = ("none", "nf4", "fp4", "int8")
+
 
 @dataclass
 class QSVFTConfig(AdapterOptions, PeftConfig):
@@ -165,6 +167,20 @@ class QSVFTConfig(AdapterOptions, PeftConfig):
         """How the base of the adapter was held (``bits``, ``dtype``, ...), of its first layers; empty if not known."""
         held: list[dict[str, Any]] = (self.base or {}).get("weights") or [{}]
         return held[0]
+
+    def check_makeable(self) -> None:
+        """Refuse a base that is not made from a checkpoint here, but by the library that had quantised it.
+
+        Raises:
+            ValueError: naming what holds its weights.
+        """
+        kind = self.held_base().get("quant_type", "none")
+        if kind not in _MADE_HERE:
+            raise ValueError(
+                f"the adapter's base was held as {kind}, by another library; expected one of {', '.join(_MADE_HERE)}, "
+                "which are made from a checkpoint here. Load the base with that library as it was, and the adapter "
+                "with PeftModel.from_pretrained(model, adapter); merge_and_unload() makes it dense."
+            )
 
     def factor_options(self) -> dict[str, Any]:
         """The fields that weights and factors of a prepared directory depend on, as JSON has them."""

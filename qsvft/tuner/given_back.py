@@ -67,4 +67,4 @@ def what_rounding_took(
 
 
 def _held(layer: nn.Module, size: int) -> Tensor:
-    return layer.original_weight() if isinstance(layer, AdaptedLinear) else weight_as_held(layer, size)
+    return layer.original_weight() if isinstance(layer, AdaptedLinear) else weight_as_held(layer)

@@ -21,6 +21,7 @@ from ..lean.offload import stop_offloading
 from ..lean.vocabulary import dequantize_vocabulary
 from ..storage.experts import join_experts
 from ..storage.factor_names import parse_name
+from ..storage.packed import is_packed, plain_packed, ready_packed
 from ..storage.quantization import dequantize, disable_cpu_repacking
 from ..storage.weights import HeldLinear, describe_base
 from ..version import __version__
@@ -71,6 +72,7 @@ class QSVFTModel(BaseTuner):
         disable_cpu_repacking(model)
         with experts_split(model, peft_config):
             names = check_targets(model, peft_config)
+        ready_packed(model)
         if peft_config.target_modules == "all-linear":
             peft_config.target_modules = all_linear(model, peft_config)
         self._sources = sources_of(peft_config, model)
@@ -116,8 +118,7 @@ class QSVFTModel(BaseTuner):
             )
         else:
             layer = QSVFTLinear(target, adapter_name, peft_config, current_key, self._sources)
-            kind: Any = resolve_quantization_backend(layer.get_base_layer(), **get_quantization_kwargs(self.model))
-            layer.quantization_backend = kind
+            layer.quantization_backend = _backend(layer.get_base_layer(), self.model)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
@@ -129,7 +130,8 @@ class QSVFTModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's would move ``weight`` over, which a base layer of our own does not have as a matrix, and of which a
         module that was trained whole, or some rows of it, has its own."""
-        if isinstance(new_module, HeldLinear) or isinstance(child, AuxiliaryTrainingWrapper):
+        of_our_own = isinstance(new_module, HeldLinear) or isinstance(child, AuxiliaryTrainingWrapper)
+        if of_our_own or is_packed(new_module) or is_packed(child):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -232,7 +234,17 @@ class QSVFTModel(BaseTuner):
         super()._unload_and_optionally_merge(merge=merge, **kwargs)
         model: nn.Module = plain_norms(disable_chunked_loss(self.model))
         stop_offloading(model)
+        plain_packed(model)
         return dequantize_vocabulary(dequantize(model)) if merge else join_experts(model)
+
+
+def _backend(layer: nn.Module, model: nn.Module) -> Any:
+    """What PEFT knows of a layer's quantisation, to be shown; None as well where torchao was called by hand, of which
+    it wants the config to quantise it again."""
+    try:
+        return resolve_quantization_backend(layer, **get_quantization_kwargs(model))
+    except ValueError:
+        return None
 
 
 def named_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, QSVFTLinear]]:

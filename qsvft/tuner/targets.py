@@ -6,15 +6,17 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..storage.experts import expert_layers
 from ..storage.linear_layers import is_other_linear, read_directly
+from ..storage.packed import is_packed, note_dtype, packing
 from ..storage.residual import ResidualLinear
 from ..storage.routers import routers
 from ..storage.weights import HeldLinear, check_weight
@@ -29,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[str] = ()) -> list[str]:
-    """Check a config against every layer it targets; change nothing.
+    """Check a config against every layer it targets; change nothing (packed layers learn the model's dtype).
 
     Args:
         model: the model, quantised or not, with or without adapters.
@@ -44,6 +46,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         ValueError: a rank or a band too large for every layer, a weight that cannot be decomposed.
         TypeError: a target that is not a linear layer.
     """
+    note_dtype(model)
     check_patterns(config, [name for name, _ in model.named_modules()])
     wanted = copy.copy(config)
     wanted.modules_to_save = [*(config.modules_to_save or []), *left_whole] or None
@@ -159,9 +162,9 @@ def _check_rank(config: QSVFTConfig, shapes: Mapping[str, tuple[int, int]]) -> N
 def _check_dense(name: str, layer: nn.Module) -> None:
     """residual=True quantises by itself, from the dense weight."""
     base = layer.original_base() if isinstance(layer, AdaptedLinear) else layer
-    if type(base) not in (nn.Linear, Conv1D, ResidualLinear):
+    if type(base) not in (nn.Linear, Conv1D, ResidualLinear) or is_packed(base):
         raise ValueError(
-            f"{name}: residual=True needs the dense weight, found a {type(base).__name__}. Expected the model as it is "
+            f"{name}: residual=True needs the dense weight, found a {packing(base)}. Expected the model as it is "
             "loaded in bf16: the adapter quantises the residual itself, so leave out qsvft.quantize() and "
             "quantization_config."
         )
@@ -175,7 +178,7 @@ def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
     wanted.target_modules = "all-linear"
     _maybe_include_all_linear_layers(wanted, model)
     heads = set(left_whole(config))
-    found = {name for name in wanted.target_modules or () if not heads & set(name.split("."))}
+    found = {name for name in {*(wanted.target_modules or ()), *_packed(model)} if not heads & set(name.split("."))}
     found -= {*read_directly(model), *routers(model), *expert_layers(model)}
     if config.layers_to_transform is not None:
         found = {name for name in found if _in_layers(config, config.layers_to_transform, name)}
@@ -185,6 +188,17 @@ def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
         elif isinstance(module, HeldLinear) and (inside := {one for one in found if one.startswith(f"{name}.")}):
             found = found - inside | {name}  # the layer itself, not what it holds its weight in
     return found
+
+
+def _packed(model: nn.Module) -> set[str]:
+    """Layers of other libraries that are no nn.Linear, which PEFT's rule does not know, but for the output head."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    bases = {id(module.get_base_layer()) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    return {
+        name
+        for name, module in model.named_modules()
+        if is_packed(module) and module is not head and id(module) not in bases
+    }
 
 
 def shape_of(layer: nn.Module, name: str) -> tuple[int, int]:

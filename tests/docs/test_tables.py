@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, fields
 
 import pytest
+import quantised_bases
 from code_blocks import PAGES, ROOT
 from pages import named_paths, table_with
 
@@ -113,6 +114,26 @@ def test_a_new_option_comes_into_the_option_table_by_its_declaration():
     made = option_table.table([*OPTIONS.values(), *declared(Owner).values()], SWITCHES.values())
     (row,) = [line for line in made.splitlines() if "made_up" in line]
     assert row == "| `made_up` | `3` | 3 or more | config, command | What it is. |"
+
+
+def test_the_table_of_bases_is_the_one_that_is_tested():
+    page = quantised_bases.PAGE.read_text(encoding="utf-8")
+    assert page == quantised_bases.page_with(page), "python tests/quantised_bases.py writes it anew"
+
+
+def test_each_column_of_the_table_of_bases_is_a_test_of_every_base():
+    tree = ast.parse((ROOT / "tests" / "tuner" / "test_bases.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    tests = {one.name for one in functions if "EACH_BASE" in map(ast.unparse, one.decorator_list)}
+    assert tests == set(quantised_bases.COLUMNS.values())
+    assert len({base.name for base in quantised_bases.BASES}) == len(quantised_bases.BASES)
+
+
+def test_a_base_without_a_row_or_a_row_without_a_base_is_seen():
+    page, bases = quantised_bases.PAGE.read_text(encoding="utf-8"), quantised_bases.BASES
+    last = f"| {' | '.join((bases[-1].name, *bases[-1].cells()))} |\n"
+    for changed in (page.replace(last, ""), page.replace(last, last + last), page.replace("| dense |", "| NF4 |", 1)):
+        assert changed != page == quantised_bases.page_with(changed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
