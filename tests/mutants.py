@@ -752,6 +752,13 @@ MUTANTS = (
         ("storage/test_quantization.py",),
     ),
     Mutant(
+        "tensors of another library are read as numbers",
+        "storage/weights.py",
+        "isinstance(tensor, bnb.nn.Params4bit) or is_packed_tensor(tensor)",
+        "isinstance(tensor, bnb.nn.Params4bit)",
+        ("storage/test_packed.py",),
+    ),
+    Mutant(
         "a kernel that cuts the gradient is left as it is",
         "storage/packed.py",
         "_not_linear(module) is None and not _gives_gradient(module):",

@@ -138,6 +138,45 @@ def _filled(kind: Any, linear: nn.Linear, **options: Any) -> nn.Module:
     return layer
 
 
+class PackedTensor(Tensor):
+    """A weight as torchao holds it: codes and scales in a class that knows ``F.linear`` and ``dequantize``, no more."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> PackedTensor:
+        """Without memory of its own."""
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
+
+    def dequantize(self) -> Tensor:
+        """The dense weight."""
+        return self.codes.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            x, weight, *bias = args
+            return nn.functional.linear(x, weight.dequantize(), *bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(f"PackedTensor dispatch: attempting to run unimplemented {func}")
+
+
+def in_a_tensor(linear: nn.Linear) -> nn.Linear:
+    """The layer itself with its weight in a :class:`PackedTensor`."""
+    packed = PackedLinear(linear)
+    linear.weight = nn.Parameter(PackedTensor(packed.codes, packed.scale), requires_grad=False)
+    return linear
+
+
 class PackedLinear(nn.Module):
     """A layer of a library that nobody knows: codes and a scale for each row, and a forward."""
 
@@ -225,6 +264,7 @@ BASES = (
     Base("quanto, weights in int8, int4 or fp8", {kind: _quanto(kind) for kind in ("qint8", "qint4", "qfloat8")}),
     Base("GPTQ (GPTQModel's torch layers)", {"": _with_layers(_gptq)}, read=ANSWERS, apart=True),
     Base("AWQ (GPTQModel's torch layers)", {"": _with_layers(_awq)}, read=ANSWERS, apart=True),
+    Base("any other tensor class with `F.linear` and `dequantize()`", {"": _with_layers(in_a_tensor)}),
     Base(
         "any other layer with `in_features`, `out_features` and packed integers",
         {"": _with_layers(PackedLinear)},

@@ -81,8 +81,9 @@ def check_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse parameters that are no layer's weight, such as embeddings and norms, with NaN or Inf in them, by name."""
     for name, tensor in tensors:
         refuse_split(name, tensor)
-        packed = isinstance(tensor, bnb.nn.Params4bit)  # in bytes that a dtype of floats may hold (quant_storage)
-        if tensor.dtype in _FLOATS and not tensor.is_meta and not packed and not is_packed_tensor(tensor):
+        # bitsandbytes' bytes may be held in a dtype of floats (quant_storage).
+        packed = isinstance(tensor, bnb.nn.Params4bit) or is_packed_tensor(tensor)
+        if tensor.dtype in _FLOATS and not tensor.is_meta and not packed:
             module, _, leaf = name.rpartition(".")
             _refuse_infinite(module or name, f"its {leaf}", tensor)
 

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from quantised_bases import InferenceLinear, PackedLinear
+from quantised_bases import InferenceLinear, PackedLinear, PackedTensor, in_a_tensor
 from small_models import load, logits, randomize, tokens
 from torch import nn
 
@@ -74,7 +74,7 @@ class Returns(PackedLinear):
 
 
 def test_packed_is_what_holds_no_dense_matrix_in_its_own_or_torchs_way():
-    assert is_packed(PackedLinear(linear()))
+    assert is_packed(PackedLinear(linear())) and is_packed(in_a_tensor(linear()))
     fp8 = PackedLinear(linear())
     fp8.register_buffer("codes", fp8.codes.float().to(torch.float8_e4m3fn))
     assert is_packed(fp8)
@@ -214,15 +214,16 @@ def test_a_packed_base_has_no_residual(llama):
         get_peft_model(packed_llama(llama), qsvft.QSVFTConfig(rank=8, residual=True))
 
 
-@pytest.mark.parametrize("kind", [PackedLinear, InferenceLinear])
+@pytest.mark.parametrize("kind", [PackedLinear, InferenceLinear, in_a_tensor])
 def test_layers_that_are_not_adapted_pass_the_gradient_on_and_are_merged_as_well(llama, kind):
     expected = qsvft.prepare(packed_llama(llama), 16, rank=8, target_modules=["q_proj"], progress=False)
     model = qsvft.prepare(packed_llama(llama, kind), 16, rank=8, target_modules=["q_proj"], progress=False)
     for one in (expected, model):
         one(input_ids=tokens(), labels=tokens()).loss.backward()
-    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
-        if p.requires_grad:
-            assert (p.grad - q.grad).norm() < 0.05 * q.grad.norm(), name
+    wanted, found = ({n: p.grad for n, p in one.named_parameters() if p.requires_grad} for one in (expected, model))
+    assert wanted.keys() == found.keys() and len(wanted) == 2
+    for name, grad in wanted.items():
+        assert (found[name] - grad).norm() < 0.05 * grad.norm(), name
     before = logits(randomize(model))
     merged = model.merge_and_unload()
     assert not any(is_packed(module) for module in merged.modules())
@@ -237,6 +238,12 @@ def test_directions_come_from_data_on_a_packed_base(llama, kind):
     assert model.peft_config["default"].residual is False
     found, wanted = logits(randomize(model)), logits(randomize(expected))
     assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_who_asks_for_an_adapted_layers_weight_gets_that_of_the_library(llama):
+    model = qsvft.prepare(packed_llama(llama, in_a_tensor), 16, rank=8, progress=False)
+    weight = model.model.model.layers[0].self_attn.q_proj.weight
+    assert type(weight) is PackedTensor and (weight.dtype, weight.shape) == (torch.bfloat16, (64, 64))
 
 
 def test_unloading_gives_the_base_back_as_it_was(llama):
