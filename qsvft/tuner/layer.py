@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..maths.autocast import in_compute_dtype
+from ..maths.own_tensor import of_its_own
 from ..maths.updates import bounded_inverse, input_side_update, output_side_update, two_sided_update, unit_of
 from ..storage.factor_files import FactorSource
 from ..storage.factors import frobenius_norm, measured_scale
@@ -181,7 +182,7 @@ class QSVFTLinear(AdaptedLinear):
         if on_residual:
             kwargs["more"] = lambda h: self._residual_coefficients(on_residual, h)
         y = self._base(inner, *args, **kwargs)
-        result, wx = y, None
+        result, wx = y if inner is x else of_its_own(y), None
         for name, rows in active.items():
             kind = self.forms[name].kind
             if kind == "output":
