@@ -319,6 +319,18 @@ PRIVATE_NAMES = [
         "a documented name",
     ),
     PrivateName(
+        "peft.utils.hotswap.CONFIG_KEYS_TO_CHECK",
+        "tuner/hotswap.py",
+        "which methods can be swapped, and what has to be the same",
+        "a way for a method to say that it can be",
+    ),
+    PrivateName(
+        "peft.utils.hotswap.hotswap_adapter_from_state_dict",
+        "tuner/hotswap.py",
+        "puts tensors in, once config and file are read: it knows LoRA alone",
+        "a way for a method to say that it can be",
+    ),
+    PrivateName(
         "peft.utils.integrations.skip_init_on_device",
         "tuner/attach.py tuner/experts.py",
         "a residual base is made, and experts taken apart, while PEFT puts new parameters on meta",
@@ -332,7 +344,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "peft.utils.other.ModulesToSaveWrapper",
-        "lean/chunked_loss.py",
+        "lean/chunked_loss.py tuner/trained_whole.py",
         "a head that trains whole stands inside of it",
         "a documented way to a wrapper's active module",
     ),
@@ -364,6 +376,13 @@ PRIVATE_NAMES = [
         "lean/deferred_logits.py maths/coefficients.py",
         "whether a tensor was changed in place since it was read",
         "a public counter",
+    ),
+    PrivateName(
+        "torch._dynamo.OptimizedModule._orig_mod",
+        "tuner/hotswap.py",
+        "the model that was compiled, whose adapter is swapped",
+        "a documented way to it",
+        lambda: hasattr(torch.compile(nn.Linear(1, 1), backend="eager"), "_orig_mod"),
     ),
     PrivateName(
         "torch.distributed.fsdp._common_utils._fsdp_wrapped_module",
@@ -501,7 +520,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "transformers.PreTrainedModel._from_config",
-        "checkpoint/source/architecture.py",
+        "checkpoint/source/architecture.py tuner/heads.py",
         "builds the class that a checkpoint names as from_pretrained does, patches and ZeRO-3 included",
         "from_config() on a model's class",
     ),
@@ -513,7 +532,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "transformers.PreTrainedModel._keep_in_fp32_modules",
-        "checkpoint/source/architecture.py storage/quantization.py",
+        "checkpoint/source/architecture.py storage/quantization.py tuner/targets.py",
         "what is left in fp32, and not quantised",
         "a documented attribute",
     ),

@@ -32,6 +32,7 @@ from .adapter_digest import layer_digest, layer_digest_before, whole_digest, who
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
 from .parameter import check_finite, with_coefficients
+from .peft_type import PREFIX
 from .probe import DIGEST_SIZE, OTHER_FACTORS, TOLERANCE
 from .self_contained import FactorDigests, split_factors, stored_factors
 
@@ -39,7 +40,6 @@ _RECORDS = ("qsvft_base", "qsvft_entries", "qsvft_unit", "qsvft_digest", "qsvft_
 logger = logging.getLogger(__name__)
 
 _M, _PROBE, _WHOLE = "qsvft_M.weight", "qsvft_probe", "qsvft_whole"
-PREFIX = "base_model.model."
 
 
 def add_records(
@@ -154,6 +154,18 @@ class AdapterReader:
     def coefficients(self, name: str) -> Tensor:
         """M of a layer, as it is in the file."""
         return self._find(name, _M)
+
+    def check_same_map(self, name: str, layer: QSVFTLinear, adapter: str) -> None:
+        """Refuse an M that is for other entries, or another alpha, than the layer's adapter has."""
+        unit, entries = torch.tensor(layer.units[adapter], dtype=torch.float32), layer.pattern(adapter)
+        other = layer.settings[adapter].unit != "one" and not torch.equal(self._find(name, "qsvft_unit").cpu(), unit)
+        if layer.settings[adapter].pattern == "top_k" and isinstance(entries, IndexPattern):
+            other = other or not torch.equal(self._find(name, "qsvft_entries").cpu(), entries.flat().cpu())
+        if other:
+            raise ValueError(
+                f"{name}: the adapter's M is for other entries or another alpha than that of adapter '{adapter}', "
+                "whose place it would take; expected the same. Load it beside that: load_adapter() and set_adapter()."
+            )
 
     def say_other_base(self, here: Mapping[str, bytes]) -> None:
         """A weight that is not the same bit for bit, though no probe feels it, is damaged or was made otherwise.

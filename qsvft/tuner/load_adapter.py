@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .adapted import AdaptedLinear
-from .adapter_file import PREFIX
 from .config import QSVFTConfig
+from .peft_type import PREFIX
 
 _looking: ContextVar[bool] = ContextVar("looking for a config of ours", default=False)
 
@@ -59,7 +59,8 @@ def checked(load: Callable[..., Any]) -> Callable[..., Any]:
             return load(self, *args, **kwargs)
         if given["hotswap"] is True:
             raise ValueError(
-                "load_adapter(hotswap=True): only LoRA adapters can be swapped so; expected hotswap=False."
+                "load_adapter(hotswap=True): found an adapter of QSVFT, expected LoRA. Leave it out, and load it under "
+                "another name; a PeftModel takes peft.utils.hotswap.hotswap_adapter(model, folder, adapter_name)."
             )
         name = given["adapter_name"] or "default"
         if name in getattr(self, "peft_config", {}):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..storage.factor_files import FactorSource
 from ..storage.tensor_files import TensorFiles
-from .adapter_file import PREFIX, AdapterReader
+from .adapter_file import AdapterReader
 from .config import QSVFTConfig
 from .layer import QSVFTLinear
+from .peft_type import PREFIX
 from .sources import Sources, sources_of, weights_file
 from .tasks import whole
 

@@ -26,3 +26,6 @@ def _enum_member(name: str) -> PeftType:
 
 
 QSVFT: PeftType = _enum_member(NAME)
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's tensors."""

@@ -28,14 +28,16 @@ from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ..lean.vocabulary import vocabulary_of
 from ..storage.json_files import read_object
 from ..storage.whole_folders import finish_saving, whole_folder
-from .adapter_file import PREFIX, m_key
+from .adapter_file import m_key
 from .card import CARD, tag_card, write_card
 from .config import QSVFTConfig
+from .hotswap import enable_hotswap
 from .load_adapter import checked, has_read, lacking
 from .model import QSVFTModel, named_layers
-from .peft_type import NAME, QSVFT
+from .peft_type import NAME, PREFIX, QSVFT
 from .push import with_its_card
 from .removed import without_removed
 
@@ -53,6 +55,7 @@ def register() -> None:
     PeftConfigMixin.from_peft_type = classmethod(_of_this_version(PeftConfigMixin.from_peft_type.__func__))
     PeftModel.load_adapter = _of_a_whole_state(PeftModel.load_adapter)
     PeftAdapterMixin.load_adapter = checked(PeftAdapterMixin.load_adapter)
+    enable_hotswap()
 
 
 def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
@@ -71,6 +74,8 @@ def _with_factors(save: Callable[..., None]) -> Callable[..., None]:
             return None  # PEFT would select and digest a state that it does not write, and that may be a shard
         if not configs or not given.get("is_main_process", True) or os.path.isfile(save_directory):
             return save(self, save_directory, *args, **kwargs)
+        if "save_embedding_layers" not in given and not vocabulary_of(self.get_base_model()):
+            kwargs["save_embedding_layers"] = False  # PEFT asks a model of sound or pictures for its embeddings
         if (part := given.get("kwargs", {}).get("state_dict")) is not None:
             _check_complete(self, names, part)
         before = [config.include_factors for config in configs]
