@@ -33,6 +33,7 @@ from .mixed_batch import mixed_batch
 from .progress import progress_shown
 from .sources import NOWHERE, Sources, sources_of
 from .targets import all_linear, check_targets, is_target
+from .trained_whole import cast_inputs
 from .weighted_sum import add_up, check_alike, check_sum
 
 
@@ -53,6 +54,7 @@ class QSVFTModel(BaseTuner):
         """As PEFT's, with a progress bar over the decompositions and a record of the base."""
         with self._decomposition_progress():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        cast_inputs(model)
         config = self.peft_config[adapter_name]
         if config.base is None:
             config.base = describe_model(model)
