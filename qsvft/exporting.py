@@ -24,7 +24,7 @@ from .options.choices import EXPORT_DTYPES, FORMATS, ONTO, RANKS
 from .storage.whole_files import check_folder_writable
 from .storage.whole_folders import SAVING, finish_saving, whole_folder
 from .tuner.config import QSVFTConfig
-from .tuner.heads import for_base, head_of
+from .tuner.heads import head_of
 from .tuner.one_by_one import SavedAdapter
 
 _Report = Callable[[Exported], None]
@@ -136,15 +136,8 @@ def _open_base(
     config.check_makeable()
     held = config.held_base()
     revision = config.revision if base is None else None
-    job = open_job(
-        found,
-        held.get("bits", 4),
-        for_base(config, head),
-        {},
-        dtype=held.get("dtype"),
-        brought=head.brought,
-        revision=revision,
-    )
+    bits, dtype = held.get("bits", 4), held.get("dtype")
+    job = open_job(found, bits, config, {}, dtype=dtype, head=head, revision=revision)
     folder = prepared_in_cache(job.without_directions(), None, 1, chosen_device(None), progress)
     return Base(folder, head, Original(job.checkpoint, job.source_model, job.source_names.pieces))
 

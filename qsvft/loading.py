@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .checkpoint.making.cache import prepared_in_cache
 from .checkpoint.making.job import Job, chosen_dtype, open_job
@@ -20,7 +20,7 @@ from .checkpoint.making.streaming import chosen_device
 from .checkpoint.prepared.check import check_config, open_prepared
 from .checkpoint.prepared.quantizer import PreparedConfig
 from .checkpoint.prepared.record import prepared_record, recorded_options
-from .checkpoint.source.architecture import load_base
+from .checkpoint.source.architecture import load_base, readable_config
 from .lean.vocabulary import check_embeddings, quantize_embeddings
 from .memory.fit.ladder import STEPS
 from .memory.fit.options import fitting_options
@@ -33,7 +33,7 @@ from .storage.json_files import read_object
 from .storage.tensor_index import INDEX_NAME, read_index
 from .tuner.calibration import check_calibration, with_basis
 from .tuner.config import QSVFTConfig
-from .tuner.heads import Head, for_base, head_of
+from .tuner.heads import Head, head_of
 from .tuner.targets import check_targets
 from .tuner.tasks import config_for, left_whole, whole
 from .use_factors import use_factors
@@ -138,7 +138,7 @@ def from_pretrained(
     _check_json(Path(path_or_id))
     hub: dict[str, Any] = {"revision": revision, "token": token}
     options, source = {**lean, **fields}, None
-    read, wanted, head, held = _read_config(path_or_id, hub), config, Head(), dict[str, Any]()
+    read, wanted, head, held = readable_config(path_or_id, hub), config, Head(), dict[str, Any]()
     if adapter is not None:
         wanted = QSVFTConfig.from_pretrained(str(adapter))
         head, held = head_of(wanted, read), wanted.held_base()
@@ -147,8 +147,7 @@ def from_pretrained(
             wanted.check_makeable()
         base_bits, dtype = bits if bits is not None else held.get("bits", 4), dtype or held.get("dtype")
         given = with_basis(fields, calibration, base_bits == 4) if wanted is None else fields
-        named = None if wanted is None else for_base(wanted, head)
-        job = open_job(path_or_id, base_bits, named, given, dtype=dtype, brought=head.brought, **hub)
+        job = open_job(path_or_id, base_bits, wanted, given, dtype=dtype, head=head, **hub)
         if fit is not None:
             four = base_bits == 4
             options = options_to_fit(job.model, fit, job.bits, lean, fields, calibration, four, progress)
@@ -210,7 +209,7 @@ def _load(
     head: Head,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model in a prepared directory, and the directory's record."""
-    read = _read_config(path_or_id, hub)
+    read = readable_config(path_or_id, hub)
     record = prepared_record(read) or {}
     _check_bits(path_or_id, bits, record)
     if record and os.path.isdir(path_or_id):
@@ -236,14 +235,6 @@ def _check_json(folder: Path) -> None:
             read_object(folder / name)
     if os.path.lexists(folder / INDEX_NAME):
         read_index(folder / INDEX_NAME)
-
-
-def _read_config(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> PretrainedConfig | None:
-    """The model's config, None where it cannot be read: what opens the checkpoint says why."""
-    try:
-        return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, **hub)
-    except Exception:  # a config's values are checked by each model's own code
-        return None
 
 
 def _fixed(record: dict[str, Any]) -> dict[str, Any]:

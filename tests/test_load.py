@@ -16,6 +16,10 @@ from transformers import (
     MixtralForCausalLM,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForSequenceClassification,
+    Wav2Vec2Model,
 )
 
 import qsvft
@@ -152,6 +156,28 @@ def test_a_model_of_pictures(tmp_path):
     assert found.shape == (2, 7) and torch.equal(found, expected)
 
 
+WAVES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+WAVES |= {"conv_dim": (32, 32), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+WAVES |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs"), [(Wav2Vec2ForSequenceClassification, "num_labels"), (Wav2Vec2ForCTC, "vocab_size")]
+)
+def test_a_head_has_the_number_of_outputs_that_it_was_trained_with(tmp_path, kind, outputs):
+    """A projection before it has fewer rows; and PEFT asks for the embeddings of a vocabulary of another size."""
+    torch.manual_seed(0)
+    Wav2Vec2Model(Wav2Vec2Config(**WAVES, vocab_size=30)).save_pretrained(tmp_path / "source")
+    model = kind.from_pretrained(tmp_path / "source", **{outputs: 40})
+    model = qsvft.prepare(model, rank=8, progress=False).eval()
+    waves = torch.randn(2, 800)
+    with torch.no_grad():
+        expected = model(input_values=waves).logits
+        model.save_pretrained(tmp_path / "adapter")
+        found = qsvft.load(tmp_path / "adapter", progress=False).eval()(input_values=waves).logits
+    assert found.shape[-1] == 40 and torch.equal(found, expected)
+
+
 def test_what_an_adapter_does_not_bring_is_not_made_up(tmp_path):
     """An embedding of another size than the model's: with a head that may differ transformers would pass over it."""
     save_llama(tmp_path / "source")
@@ -180,3 +206,27 @@ def test_an_adapter_that_names_no_base_is_refused(llama, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"names no base model; expected one\. Give it: qsvft\.load"):
         qsvft.load(tmp_path / "adapter")
+
+
+def test_others_are_loaded_beside_it_switched_and_deleted_and_each_generates_what_it_did(llama, tmp_path):
+    ids = tokens(2, 5)
+    short = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    texts = {}
+    for seed in (1, 2, 3):
+        model = randomize(qsvft.prepare(load(llama, torch.float32), 4, rank=8, progress=False), seed=seed)
+        model.save_pretrained(tmp_path / str(seed))
+        texts[str(seed)] = model.eval().generate(input_ids=ids, **short)
+    model = qsvft.load(tmp_path / "1", adapter_name="1", progress=False).eval()
+    with model.disable_adapter():
+        texts["none"] = model.generate(input_ids=ids, **short)
+    assert not any(torch.equal(texts["none"], texts[name]) for name in "123")
+    for name in "23":
+        model.load_adapter(tmp_path / name, name)
+    for name in ("2", "1", "3"):
+        model.set_adapter(name)
+        assert torch.equal(model.generate(input_ids=ids, **short), texts[name])
+    model.set_adapter("2")
+    model.delete_adapter("3")
+    assert torch.equal(model.generate(input_ids=ids, **short), texts["2"])
+    mixed = model.generate(input_ids=ids, adapter_names=["1", "__base__"], **short)
+    assert torch.equal(mixed, torch.stack([texts["1"][0], texts["none"][1]]))

@@ -164,9 +164,11 @@ class QSVFTConfig(AdapterOptions, PeftConfig):
         self.where_read = (name, subfolder, dict(options))
 
     def held_base(self) -> dict[str, Any]:
-        """How the base of the adapter was held (``bits``, ``dtype``, ...), of its first layers; empty if not known."""
+        """How the base of the adapter was held (``bits``, ``dtype``, ...); empty if not known.
+
+        Of several kinds that with the fewest bits: a base in 4 bits may have layers that stay dense."""
         held: list[dict[str, Any]] = (self.base or {}).get("weights") or [{}]
-        return held[0]
+        return min(held, key=lambda kind: bits if isinstance(bits := kind.get("bits"), int) else 16)
 
     def check_makeable(self) -> None:
         """Refuse a base that is not made from a checkpoint here, but by the library that had quantised it.

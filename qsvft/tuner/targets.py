@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..storage.experts import expert_layers
+from ..storage.left_dense import under
 from ..storage.linear_layers import is_other_linear, read_directly
 from ..storage.packed import is_packed, note_dtype, packing
 from ..storage.residual import ResidualLinear
@@ -90,6 +91,7 @@ def check_targets(model: nn.Module, config: QSVFTConfig, left_whole: Sequence[st
         check_weight(name, layer.original_base() if isinstance(layer, AdaptedLinear) else layer)
         if config.residual_base:
             _check_dense(name, layer)
+            _check_quantisable(name, model)
     _check_rank(config, shapes)
     _check_band(config, {name: rank_of(config, name, shape) for name, shape in shapes.items()})
     return names
@@ -170,6 +172,14 @@ def _check_dense(name: str, layer: nn.Module) -> None:
         )
 
 
+def _check_quantisable(name: str, model: nn.Module) -> None:
+    if under(name, getattr(model, "_keep_in_fp32_modules", None) or ()):
+        raise ValueError(
+            f"{name}: residual=True holds this layer in 4 bits, and {type(model).__name__} asks for it in 32; expected "
+            "a layer that may be quantised. Add it to exclude_modules, or leave residual out."
+        )
+
+
 def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
     """The layers that "all-linear" means: PEFT's rule, less those that their parent never calls (such as what
     nn.MultiheadAttention reads), heads that PEFT trains whole for the task, subclasses of nn.Linear that compute
@@ -177,8 +187,9 @@ def all_linear(model: nn.Module, config: QSVFTConfig) -> set[str]:
     wanted = copy.copy(config)
     wanted.target_modules = "all-linear"
     _maybe_include_all_linear_layers(wanted, model)
-    heads = set(left_whole(config))
-    found = {name for name in {*(wanted.target_modules or ()), *_packed(model)} if not heads & set(name.split("."))}
+    heads = tuple(left_whole(config))  # PEFT trains whole what ends so, DistilBERT's pre_classifier as well
+    named = {*(wanted.target_modules or ()), *_packed(model)}
+    found = {name for name in named if not any(one.endswith(heads) for one in name.split("."))}
     found -= {*read_directly(model), *routers(model), *expert_layers(model)}
     if config.layers_to_transform is not None:
         found = {name for name in found if _in_layers(config, config.layers_to_transform, name)}

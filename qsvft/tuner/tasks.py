@@ -24,14 +24,8 @@ _TASKS = {
 }
 _HANDED_ON = {TaskType.SEQ_2_SEQ_LM: ("input_ids", "decoder_input_ids")}
 _OTHER_TASKS = {TaskType.SEQ_2_SEQ_LM: TaskType.CAUSAL_LM}
-# Without a task type a fresh head has to be named, to be trained whole.
-_HEADS = {
-    "ForImageClassification": ("classifier",),
-    "ForAudioClassification": ("classifier",),
-    "ForSequenceClassification": ("projector", "classifier", "score"),
-    "ForTokenClassification": ("classifier", "score"),
-    "ForQuestionAnswering": ("qa_outputs",),
-}
+# What such a class has beside its body was drawn at random for the data at hand, or is as small.
+_WITH_NEW_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "ForCTC")
 
 
 def config_for(model: nn.Module, options: Mapping[str, Any]) -> QSVFTConfig:
@@ -41,14 +35,26 @@ def config_for(model: nn.Module, options: Mapping[str, Any]) -> QSVFTConfig:
     if unknown:
         allowed = sorted(set(QSVFTConfig.__dataclass_fields__) - {"peft_type", "auto_mapping", "peft_version", "base"})
         raise ValueError(f"prepare(): unknown option {unknown[0]!r}; expected one of {', '.join(allowed)}")
-    name = type(model).__name__
     if isinstance(model, PreTrainedModel):
         options.setdefault("task_type", task_of(type(model)))
-        known = next((heads for ending, heads in _HEADS.items() if name.endswith(ending)), ())
-        heads = [head for head in known if hasattr(model, head)]
-        if options["task_type"] is None and heads:
-            options.setdefault("modules_to_save", heads)
+        by_peft = _heads_of(options["task_type"])
+        if more := [head for head in new_heads(model) if head not in by_peft]:
+            options.setdefault("modules_to_save", more)
     return QSVFTConfig(**options)
+
+
+def new_heads(model: PreTrainedModel) -> list[str]:
+    """What a class for classification, question answering or CTC has beside its body, whatever it is called: a
+    classifier, and what some have before it (a pooler, a projection)."""
+    if not type(model).__name__.endswith(_WITH_NEW_HEADS):
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix
+        and not isinstance(child, PreTrainedModel)
+        and any(True for _ in child.parameters())
+    ]
 
 
 def task_of(kind: type[nn.Module]) -> TaskType | None:
@@ -67,9 +73,13 @@ def whole(config: QSVFTConfig) -> list[str]:
 
 def left_whole(config: QSVFTConfig) -> list[str]:
     """The heads that PEFT trains whole for a task, which are therefore not quantised."""
-    if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+    return _heads_of(config.task_type)
+
+
+def _heads_of(task: Any) -> list[str]:
+    if task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         return ["classifier", "score"]
-    return ["qa_outputs"] if config.task_type == TaskType.QUESTION_ANS else []
+    return ["qa_outputs"] if task == TaskType.QUESTION_ANS else []
 
 
 def has_new_head(model: nn.Module, config: QSVFTConfig) -> bool:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from peft import PeftModel, TaskType, get_peft_model
-from transformers import (
-    Wav2Vec2Config,
-    Wav2Vec2ForSequenceClassification,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-)
+from peft import TaskType, get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration
 
 import qsvft
 from qsvft.tuner import QSVFTLinear
@@ -41,38 +36,6 @@ def test_a_class_has_the_task_whose_arguments_its_forward_takes(name, task):
     assert task_of(getattr(transformers, name)) == task
 
 
-SPEECH = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 16, "vocab_size": 96}
-LAYERS = {
-    f"{side}_{what}": 1 + (what != "layers")
-    for side in ("encoder", "decoder")
-    for what in ("layers", "attention_heads")
-}
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-POSITIONS = {"max_source_positions": 20, "max_target_positions": 32}
-
-
-def test_a_speech_model_trains_from_its_features():
-    torch.manual_seed(0)
-    config = WhisperConfig(**SPEECH, **LAYERS, **TOKENS, **POSITIONS, dropout=0.0)
-    model = qsvft.prepare(WhisperForConditionalGeneration(config), bits=4, progress=False)
-    model(input_features=torch.randn(2, 16, 40), labels=torch.randint(3, 96, (2, 8))).loss.backward()
-    assert type(model) is PeftModel
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
-
-
-def test_a_head_of_a_task_without_a_type_trains_whole():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    convolutions = {"conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
-    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
-    config = Wav2Vec2Config(**sizes, **convolutions, **positions, layerdrop=0.0, classifier_proj_size=16)
-    model = qsvft.prepare(Wav2Vec2ForSequenceClassification(config), bits=4, progress=False)
-    model(input_values=torch.randn(2, 800), labels=torch.tensor([0, 1])).loss.backward()
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is not None and p.grad.any()}
-    for head in ("projector", "classifier"):
-        assert any(f"{head}.modules_to_save.default.weight" in name for name in trained), head
-
-
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 
 
@@ -83,6 +46,7 @@ SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_atten
         ("BertForQuestionAnswering", "QUESTION_ANS", "qa_outputs"),
         ("BertForSequenceClassification", "SEQ_CLS", "classifier"),
         ("RobertaForSequenceClassification", "SEQ_CLS", "classifier"),
+        ("DistilBertForSequenceClassification", "SEQ_CLS", "pre_classifier"),
     ],
 )
 def test_the_head_that_PEFT_trains_whole_is_not_adapted(name, task, head):
@@ -93,3 +57,20 @@ def test_the_head_that_PEFT_trains_whole_is_not_adapted(name, task, head):
     assert adapted and not any(head in name for name in adapted)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert any(f"{head}.modules_to_save" in name for name in trained)
+
+
+def test_of_a_base_with_several_kinds_of_layers_its_bits_are_the_fewest():
+    dense, four = {"bits": 16, "dtype": "float32"}, {"bits": 4, "dtype": "bfloat16"}
+    assert qsvft.QSVFTConfig(base={"weights": [dense, four]}).held_base() == four
+    assert qsvft.QSVFTConfig(base={"weights": [dense]}).held_base() == dense
+    assert qsvft.QSVFTConfig().held_base() == {}
+
+
+def test_a_layer_that_the_model_keeps_in_32_bits_takes_no_residual():
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    with pytest.raises(ValueError, match=r"DenseReluDense\.wo: residual=True holds this layer in 4 bits"):
+        qsvft.prepare(t5, residual=True, progress=False)
+    model = qsvft.prepare(t5, residual=True, exclude_modules=["wo"], progress=False)
+    model(input_ids=torch.tensor([[5, 6]]), labels=torch.tensor([[7, 8]])).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from ...options.choices import BASE_BITS
 from ...storage.experts import expert_parameters
 from ...tuner.config import QSVFTConfig
 from ...tuner.experts import split_for
+from ...tuner.heads import Head
 from ...tuner.tasks import check_residual, config_for, left_whole
 from ..source.architecture import FLOATS
 from ..source.checkpoint import Checkpoint, first_few, open_checkpoint
@@ -42,7 +43,7 @@ class Job:
         config: for which adapters, None for the default of ``given``.
         given: single options of a :class:`~qsvft.QSVFTConfig`.
         dtype: of the weights before they are quantised; None as the checkpoint has them.
-        brought: modules that the checkpoint may lack, since an adapter has them.
+        head: the class of an adapter that brings a head, and what the checkpoint may lack for it.
     """
 
     checkpoint: Checkpoint
@@ -50,7 +51,7 @@ class Job:
     config: QSVFTConfig | None = None
     given: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
-    brought: tuple[str, ...] = ()
+    head: Head = field(default_factory=Head)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -58,7 +59,7 @@ class Job:
     @cached_property
     def source_model(self) -> PreTrainedModel:
         """The model on the meta device as its class makes it: what is read."""
-        return empty_model(self.checkpoint, self.dtype)
+        return empty_model(self.checkpoint, self.dtype, self.head.kind, self.head.options)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -91,7 +92,7 @@ class Job:
     @cached_property
     def source_names(self) -> Names:
         """How the checkpoint's keys give the tensors of the model as its class makes it."""
-        return pieces_of(self.checkpoint, self.source_model, self.brought)
+        return pieces_of(self.checkpoint, self.source_model, self.head.brought)
 
     @cached_property
     def names(self) -> Names:
@@ -151,10 +152,10 @@ def open_job(
     options: Mapping[str, Any],
     *,
     dtype: torch.dtype | str | None = None,
+    head: Head | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
-    brought: Sequence[str] = (),
 ) -> Job:
     """Open a checkpoint, and check everything that can be checked before work begins; see :func:`prepare_checkpoint`.
 
@@ -162,7 +163,7 @@ def open_job(
         ValueError: what cannot be prepared, or not with these options.
     """
     checkpoint = open_checkpoint(source, revision=revision, cache_dir=cache_dir, token=token)
-    job = Job(checkpoint, bits, config, dict(options), chosen_dtype(dtype), tuple(brought))
+    job = Job(checkpoint, bits, config, dict(options), chosen_dtype(dtype), head or Head())
     if not job.units:
         raise ValueError(f"{checkpoint.name}: found no tensors of {type(job.model).__name__}, expected its weights")
     if job.names.unknown:

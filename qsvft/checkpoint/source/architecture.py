@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises:
         ValueError: no architecture is named, transformers has no such model, or the checkpoint is quantised already.
     """
-    where = os.path.join(config.name_or_path, "config.json") if config.name_or_path else type(config).__name__
-    for field in ("quantization_config", "compression_config"):
-        if (quantised := getattr(config, field, None)) is not None:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-            raise ValueError(
-                f"{where}: found a checkpoint that is quantised already ({field}, method {method!r}), expected weights "
-                "in 16 or 32 bits. Use the checkpoint that it was made from."
-            )
+    where = _place(config)
+    _check_not_quantised(config)
     names = getattr(config, "architectures", None)
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ValueError(
@@ -56,6 +50,20 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             "custom code by yourself and use qsvft.prepare()."
         )
     return found
+
+
+def _place(config: PretrainedConfig) -> str:
+    return os.path.join(config.name_or_path, "config.json") if config.name_or_path else type(config).__name__
+
+
+def _check_not_quantised(config: PretrainedConfig) -> None:
+    for field in ("quantization_config", "compression_config"):
+        if (quantised := getattr(config, field, None)) is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+            raise ValueError(
+                f"{_place(config)}: found a checkpoint that is quantised already ({field}, method {method!r}), "
+                "expected weights in 16 or 32 bits. Use the checkpoint that it was made from."
+            )
 
 
 _OF_VALUES = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
@@ -134,7 +142,17 @@ def read_config(path_or_id: str | os.PathLike[str]) -> PretrainedConfig:
         ) from error
 
 
-def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def readable_config(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> PretrainedConfig | None:
+    """The config of a checkpoint, None where it cannot be read: what opens the checkpoint says why."""
+    try:
+        return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, **hub)
+    except Exception:  # a config's values are checked by each model's own code
+        return None
+
+
+def empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, kind: Any = None, outputs: Mapping[str, int] | None = None
+) -> PreTrainedModel:
     """The checkpoint's model on the meta device, frozen and in eval mode.
 
     Every tensor of its state dict has the shape and dtype that ``from_pretrained(dtype=...)`` would give it:
@@ -144,6 +162,8 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Pre
         checkpoint: where its config is.
         dtype: of the parameters; None takes that of the config, or else that of the checkpoint's first
             floating-point tensor, as ``dtype="auto"`` does.
+        kind: another class than the config names, whose head an adapter brings.
+        outputs: of that head, as fields of the config.
 
     Raises:
         ValueError: what :func:`model_class` and :func:`read_config` refuse, a dtype that is no floating-point one, or a
@@ -151,7 +171,13 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Pre
     """
     config = read_config(checkpoint.folder)
     _check_layers(config, checkpoint)
-    cls = model_class(config)
+    if kind is None:
+        cls: Any = model_class(config)
+    else:
+        cls = kind
+        _check_not_quantised(config)
+    for name, value in (outputs or {}).items():
+        setattr(config, name, value)
     chosen = dtype if dtype is not None else _own_dtype(config, checkpoint)
     if chosen not in FLOATS:
         raise ValueError(

@@ -41,8 +41,8 @@ def pieces_of(checkpoint: Checkpoint, model: PreTrainedModel, brought: Collectio
     renamed = _renamed(checkpoint, model)
     state = model.state_dict(keep_vars=True)
     groups: dict[str, list[str]] = defaultdict(list)
-    for key, (name, _) in renamed.items():
-        if name in state:
+    for key, (name, pattern) in renamed.items():
+        if name in state and not (under(name, brought) and _other(checkpoint.entries[key].shape, state[name], pattern)):
             groups[name].append(key)
     found = [_piece(checkpoint, model, state, name, keys, renamed) for name, keys in groups.items()]
     simple = {piece.targets[0]: piece.sources[0] for piece in found if piece.conversion is None}
@@ -56,6 +56,10 @@ def pieces_of(checkpoint: Checkpoint, model: PreTrainedModel, brought: Collectio
         pieces=tuple(pieces),
         unknown=tuple(_unknown(model, {key: name for key, (name, _) in renamed.items() if name not in state})),
     )
+
+
+def _other(shape: tuple[int, ...], tensor: Tensor, pattern: str | None) -> bool:
+    return pattern is None and tuple(tensor.shape) != shape
 
 
 def _renamed(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Renamed]:
