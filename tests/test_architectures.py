@@ -1,4 +1,4 @@
-"""One flow through every family: prepare, one step, save and reload, merge, the merged checkpoint as a plain model."""
+"""One flow through language models: prepare, one step, save, reload, merge, the merged checkpoint as a plain model."""
 
 import json
 import subprocess
@@ -32,12 +32,11 @@ ENCODER = {k: DECODER[k] for k in DECODER if k not in ("bos_token_id", "eos_toke
 
 @dataclass
 class Architecture:
-    """A family: its model class, its settings, which of its modules train besides M, and its experts' parameters."""
+    """A family: its model class, its settings and its experts' parameters."""
 
     model: str
     model_type: str
     settings: dict
-    head: str | None = None
     experts: tuple[str, ...] = ()
 
     def options(self, form):
@@ -49,13 +48,7 @@ class Architecture:
     def inputs(self):
         generator = torch.Generator().manual_seed(5)
         ids = torch.randint(3, VOCABULARY, (2, 10), generator=generator)
-        classes = torch.tensor([0, 2])
-        if self.model_type == "vit":
-            pixels = torch.randn(2, 3, 16, 16, generator=generator).bfloat16()
-            return {"pixel_values": pixels}, classes
-        if self.model_type == "t5":
-            return {"input_ids": ids, "decoder_input_ids": ids[:, :6]}, ids[:, :6].contiguous()
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, classes if self.head else ids
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids
 
     def load(self, folder):
         return getattr(transformers, self.model).from_pretrained(folder, dtype=torch.bfloat16)
@@ -73,30 +66,7 @@ ARCHITECTURES = {
         | {"eos_token_id": 2, "pad_token_id": 0},
     ),
     "GPT-NeoX": Architecture("GPTNeoXForCausalLM", "gpt_neox", DECODER),
-    "BERT classifier": Architecture(
-        "BertForSequenceClassification", "bert", {**ENCODER, "num_labels": 3}, "classifier"
-    ),
     "BERT masked": Architecture("BertForMaskedLM", "bert", ENCODER),
-    "DeBERTa-v3": Architecture(
-        "DebertaV2ForSequenceClassification",
-        "deberta-v2",
-        {**ENCODER, "num_labels": 3, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
-        | {"share_att_key": True, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0},
-        "classifier",
-    ),
-    "ViT": Architecture(
-        "ViTForImageClassification",
-        "vit",
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"image_size": 16, "patch_size": 4, "num_labels": 3},
-        "classifier",
-    ),
-    "T5": Architecture(
-        "T5ForConditionalGeneration",
-        "t5",
-        {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-        | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2},
-    ),
     "Falcon": Architecture("FalconForCausalLM", "falcon", DECODER),
     # Some of their layers are left as they are, for their parents ask whether they are quantised.
     "FalconMamba": Architecture(
@@ -166,8 +136,7 @@ def outputs(architecture, model):
 
 
 def quantised(architecture, folder):
-    skipped = None if architecture.head is None else [architecture.head]
-    return qsvft.quantize(architecture.load(folder), 4, skip_modules=skipped)
+    return qsvft.quantize(architecture.load(folder), 4)
 
 
 def train_one_step(architecture, model):
@@ -194,11 +163,9 @@ def test_the_whole_flow_from_checkpoint_to_merged_checkpoint(family, tmp_path, f
     train_one_step(architecture, model)
     after = state(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    head = {n for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
     M = set(coefficients(model))
-    assert bool(head) is (architecture.head is not None)
-    assert moved - M == head
-    assert len(moved & M) > 0.9 * len(M)
+    assert moved <= M
+    assert len(moved) > 0.9 * len(M)
 
     randomize(model, scale=0.6)
     expected = outputs(architecture, model)

@@ -178,6 +178,15 @@ def test_a_head_has_the_number_of_outputs_that_it_was_trained_with(tmp_path, kin
     assert found.shape[-1] == 40 and torch.equal(found, expected)
 
 
+def test_an_adapter_with_a_head_is_exported_from_a_base_without_one(tmp_path):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    BertModel(BertConfig(**sizes, num_attention_heads=4)).save_pretrained(tmp_path / "source")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "source", num_labels=3)
+    randomize(qsvft.prepare(model, rank=8, progress=False)).save_pretrained(tmp_path / "adapter")
+    done = qsvft.export(tmp_path / "adapter", tmp_path / "lora", dtype="float32", progress=False)
+    assert (done.layers, done.rank) == (7, 8) and done.error < 1e-5
+
+
 def test_what_an_adapter_does_not_bring_is_not_made_up(tmp_path):
     """An embedding of another size than the model's: with a head that may differ transformers would pass over it."""
     save_llama(tmp_path / "source")

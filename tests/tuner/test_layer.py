@@ -6,10 +6,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
-from small_models import same_tensors
+from small_models import load, same_tensors
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import qsvft
 from qsvft import QSVFTConfig
 from qsvft.maths.updates import TAIL_DAMPING
 from qsvft.options.choices import PATTERNS
@@ -524,3 +525,14 @@ def test_the_compiled_layer_has_the_eager_outputs_and_gradients(shape, sides, pa
     assert error(compiled, eager.double()) < 1e-6
     for ours, theirs in zip(gradients(compiled, layer, x), gradients(eager, layer, x), strict=True):
         assert error(ours, theirs.double()) < 1e-6
+
+
+def test_what_it_gives_may_be_changed_in_place_in_training(llama):
+    """Wav2Vec2 puts masks into the output of a layer."""
+    form = {"sides": "one", "pattern": "banded", "off_diagonals": 2}
+    model = qsvft.prepare(load(llama, torch.float32, attention_bias=True), 4, progress=False, **form)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    y = layer(torch.randn(2, 3, 64))
+    y[:, 0] = 1.0
+    y.sum().backward()
+    assert layer.M("default").grad.any()
