@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from qsvft.merging import merge_adapter
 from small_models import coefficients, randomize, state
 from torch.nn import functional
 from transformers import (
@@ -38,7 +39,6 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 import qsvft
-from qsvft.merging import merge_adapter
 
 VOCABULARY = 96
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}

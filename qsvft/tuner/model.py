@@ -25,11 +25,12 @@ from ..storage.packed import is_packed, plain_packed, ready_packed
 from ..storage.quantization import dequantize, disable_cpu_repacking
 from ..storage.weights import HeldLinear, describe_base
 from ..version import __version__
-from .adapter_file import PREFIX, AdapterReader, add_records, m_key, probe_key, saved_whole_keys
+from .adapter_file import AdapterReader, add_records, m_key, probe_key, saved_whole_keys
 from .config import QSVFTConfig
 from .experts import experts_split, named_parameters
 from .layer import QSVFTLinear
 from .mixed_batch import mixed_batch
+from .peft_type import PREFIX
 from .progress import progress_shown
 from .sources import NOWHERE, Sources, sources_of
 from .targets import all_linear, check_targets, is_target
