@@ -48,6 +48,7 @@ def trainer_config(recipe: Recipe, learning_rate: float, held_out: bool) -> Any:
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
+        "ddp_find_unused_parameters": False,
         **({"packing": False} if recipe.run.method == "sft" else {}),
     }
     given = {name: value for name, value in recipe.arguments.items() if value is not None}

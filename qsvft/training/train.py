@@ -21,6 +21,7 @@ from ..options.recipe import Recipe, read_recipe
 from ..storage.whole_files import check_folder_writable
 from ..tuner.card import write_card
 from ..tuner.config import QSVFTConfig
+from ..tuner.sharding import make_shardable
 from ..tuner.stop_at_nan import StopAtNaN
 from .begun import begin, begun, recipe_of
 from .checkpoints import last_whole, steps_of
@@ -96,8 +97,9 @@ def train(
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     assert recipe.run.output is not None
-    folder, main = Path(recipe.run.output), PartialState().is_main_process
-    resumed = begun(folder, recipe)
+    folder, processes = Path(recipe.run.output), PartialState(cpu=not torch.cuda.is_available())
+    main, resumed = processes.is_main_process, begun(folder, recipe)
+    processes.wait_for_everyone()  # all have looked before one writes
     with bars_of_datasets():
         plan = plan_of(recipe)
         if main:
@@ -166,9 +168,12 @@ def _kept(folder: Path) -> str:
 def _trainer(plan: Plan, say: Say) -> Any:
     run, config = plan.recipe.run, plan.config
     kind = DPOTrainer if run.method == "dpo" else SFTTrainer
+    model = _model(plan)
+    if config.world_size > 1:
+        make_shardable(model)  # what FSDP and ZeRO-3 split; to DDP it is the same model
     config.gradient_checkpointing = plan.forecast.step.checkpointing
     trainer = kind(
-        model=_model(plan),
+        model=model,
         args=config,
         train_dataset=plan.rows.train,
         eval_dataset=plan.rows.held_out,
@@ -183,8 +188,10 @@ def _trainer(plan: Plan, say: Say) -> Any:
 
 
 def _model(plan: Plan) -> PeftModel:
-    run = plan.recipe.run
+    run, processes = plan.recipe.run, PartialState(cpu=not torch.cuda.is_available())
     place: dict[str, Any] = {"revision": run.revision, "dtype": run.dtype, "cache_dir": run.cache_dir}
+    if processes.num_processes > 1:
+        place["device_map"] = {"": processes.device}
     if run.adapter is not None:
         return from_pretrained(plan.base, adapter=run.adapter, **place, **plan.recipe.switches)
     seen = None
