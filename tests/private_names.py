@@ -28,6 +28,7 @@ SEEN_IN = {
     "peft": "0.21.2",
     "torch": "2.13.0",
     "transformers": "5.23.0",
+    "trl": "1.16.0",
 }
 
 
@@ -638,5 +639,11 @@ PRIVATE_NAMES = [
         "storage/quantization.py checkpoint/prepared/quantizer.py",
         _FLAG,
         "a documented name",
+    ),
+    PrivateName(
+        "trl.trainer.base_config._BaseConfig",
+        "options/trainer_arguments.py",
+        "what all trainers' configs have, read off the source, so that a wrong name is found without torch",
+        "the names of a config's fields without importing torch",
     ),
 ]
