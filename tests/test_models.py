@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from qsvft.merging import merge_adapter
 from small_models import coefficients, randomize, state
 from torch.nn import functional
 from transformers import (
@@ -414,7 +413,7 @@ def test_it_generates_what_it_generated_before(run):
 @families()
 def test_merged_it_gives_the_outputs_of_the_adapter(run):
     family, folder = run.family, run.folder
-    merge_adapter(folder / "adapter", folder / "merged", progress=False)
+    qsvft.export(folder / "adapter", folder / "merged", format="dense", progress=False)
     found = outputs(family, family.kind.from_pretrained(folder / "merged", dtype=family.dtype))
     tolerance = 1e-5 if family.dtype == torch.float32 else 0.05
     assert float((found - run.expected).norm()) <= tolerance * float(run.expected.norm())

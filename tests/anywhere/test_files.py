@@ -14,8 +14,7 @@ from small_models import coefficients, load, logits, randomize, same_tensors, st
 from transformers import AutoModelForCausalLM
 
 import qsvft
-from qsvft.storage.weights import stored_tensors
-from qsvft.tuner import QSVFTLinear
+from qsvft.storage.weights import HeldLinear, stored_tensors
 
 pytestmark = pytest.mark.anywhere
 
@@ -54,7 +53,7 @@ def in_use(model):
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        if not isinstance(module, QSVFTLinear):
+        if isinstance(module, HeldLinear) or isinstance(getattr(module, "weight", None), torch.Tensor):
             yield from stored_tensors(module)
         if (quantised := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             yield from (quantised.code, quantised.state2.code)

@@ -22,11 +22,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import typer
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from markdown_it import MarkdownIt
 
+from qsvft.cli.main import app
 from qsvft.options.recipe import load_yaml, read_recipe
+
+RUN_BY_A_TEST = ("train", "info run", "eval run", "generate run", "export run")
+"""Commands that take a base, rows and an adapter."""
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -213,12 +218,19 @@ def is_executable(words: list[str]) -> None:
     subprocess.run(["bash", "-n", str(ROOT / words[0])], check=True)
 
 
+def understood(words: list[str]) -> None:
+    """The command line takes a command of qsvft's with these arguments, which are not carried out."""
+    group = typer.main.get_command(app)
+    group.commands[words[1]].make_context(words[1], words[2:]).close()
+
+
 CHECKED_OTHERWISE: tuple[tuple[str, Callable[[list[str]], None], str], ...] = (
     ("make ", is_a_target, "sets up environments and runs this suite, or minutes of training"),
     ("pip install", is_a_project, "downloads gigabytes"),
     ("python benchmarks/", arguments_parse, "takes minutes; tests/test_benchmarks.py runs them at toy size"),
     ("python examples/", arguments_parse, "takes a minute; `make demo` runs it"),
     ("accelerate launch", is_a_launch, "needs two cards; tests/distributed/ runs it on processors"),
+    *((f"qsvft {one}", understood, "tests/cli/test_train_command.py runs it") for one in RUN_BY_A_TEST),
     ("benchmarks/gpu/", is_executable, "needs a card; tests/test_gpu_suite.py rehearses it"),
 )
 """How a command begins, how it is checked in place of running it, and why it is not run."""
