@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsvft.maths.patterns import (
-    PATTERNS,
     DensePattern,
     IndexPattern,
     Pattern,
@@ -21,6 +20,7 @@ from qsvft.maths.patterns import (
     random_entries,
     top_entries,
 )
+from qsvft.options.choices import PATTERNS
 
 ranks_and_bands = st.integers(1, 40).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k - 1)))
 

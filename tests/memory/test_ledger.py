@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qsvft.memory.attention import ATTENTION
 from qsvft.memory.ledger import CATEGORIES, GRANULARITY, PHASES, Ledger, rounded
-from qsvft.memory.methods import METHODS, Method, build, parse_method
+from qsvft.memory.methods import Method, build, parse_method
 from qsvft.memory.presets import model_config
 from qsvft.memory.rows import thinned
 from qsvft.memory.scenario import count_step
 from qsvft.memory.step import count_on, make_optimizer
+from qsvft.options.choices import METHODS
 
 BANDED = "qsvft:sides=one,pattern=banded"
 VARIANTS = (

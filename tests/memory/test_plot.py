@@ -126,7 +126,7 @@ def test_an_unknown_ending_is_refused(report, tmp_path):
 
 def test_a_missing_matplotlib_says_what_to_install(report, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'qsvft\[plot\]'"):
+    with pytest.raises(ValueError, match=r"found none\. pip install matplotlib"):
         report.plot(tmp_path / "plot.png")
 
 

@@ -276,7 +276,7 @@ def test_an_adapter_trained_on_other_signs_fits_with_its_factors_alone(llama, tm
     trained.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="singular vectors came out differently here") as refusal:
         PeftModel.from_pretrained(base(llama), tmp_path / "adapter")
-    for way in ("qsvft.from_pretrained(DIR)", "use_factors(model, DIR)", "--factors DIR", "include_factors=True"):
+    for way in ("qsvft.from_pretrained(DIR)", "use_factors(model, DIR)", "--base DIR", "include_factors=True"):
         assert way in str(refusal.value)
     model = base(llama)
     qsvft.use_factors(model, folder)
