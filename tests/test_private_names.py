@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.version import Version
+from pinned import pins
 from private_names import PRIVATE_NAMES, SEEN_IN, PrivateName, found
 
 ROOT = Path(__file__).parents[1]
@@ -169,8 +171,9 @@ def test_the_table_is_sorted_by_package_and_names_each_once():
 
 
 def test_the_versions_that_the_names_were_seen_in_are_those_that_are_pinned():
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    assert {name: pins[name] for name in SEEN_IN} == SEEN_IN, "look at the table, and say so in SEEN_IN"
+    pinned = pins("constraints.txt")
+    seen = {name: [Version(version)] for name, version in SEEN_IN.items()}
+    assert {name: pinned[name] for name in seen} == seen, "look at the table, and say so in SEEN_IN"
 
 
 @pytest.mark.parametrize(

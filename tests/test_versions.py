@@ -1,40 +1,51 @@
-"""What is declared is what is tested: the floors of pyproject.toml are those of constraints-floor.txt."""
+"""What is declared is what is tested: the floors of pyproject.toml are those of constraints-floor.txt, and what
+constraints.txt fixes is one version of each package on every Python."""
 
-import re
 from importlib.metadata import requires
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from pinned import lines, pins
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def pins(name):
-    """The versions that a file of constraints fixes, by package."""
-    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    return {match[1]: Version(match[2]) for line in lines if (match := re.fullmatch(r"([\w.-]+)==([\w.]+)", line))}
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
-def declared():
-    """What an installed qsvft asks for, for itself and to be tested."""
+def declared(*extras):
+    """What an installed qsvft asks for, for itself and for its extras."""
     found = (Requirement(text) for text in requires("qsvft") or ())
-    return [one for one in found if one.marker is None or one.marker.evaluate({"extra": "test"})]
+    asked = [{"extra": extra} for extra in extras]
+    return [one for one in found if one.marker is None or any(map(one.marker.evaluate, asked))]
 
 
-@pytest.mark.parametrize("requirement", declared(), ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize("requirement", declared("test"), ids=lambda requirement: requirement.name)
 def test_a_package_is_declared_from_the_version_that_make_test_floor_uses(requirement):
     [specifier] = requirement.specifier
     assert specifier.operator == ">="
-    assert pins("constraints-floor.txt")[requirement.name] == Version(specifier.version)
+    assert pins("constraints-floor.txt", "3.10")[requirement.name] == [Version(specifier.version)]
 
 
-def test_both_sets_of_versions_are_within_what_is_declared():
-    names = {requirement.name for requirement in declared()}
-    assert pins("constraints-floor.txt").keys() - names == {
-        "click",
-        "pyparsing",
-    }  # of the time of those that ask for them
-    for requirement in declared():
-        assert pins("constraints.txt")[requirement.name] in requirement.specifier
+def test_the_floor_fixes_nothing_else_but_what_goes_with_packages_of_that_time():
+    names = {requirement.name for requirement in declared("test")}
+    assert pins("constraints-floor.txt", "3.10").keys() - names == {"click", "pyparsing"}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_each_package_that_is_declared_has_one_version_on_every_python_and_within_its_range(python):
+    fixed = pins("constraints.txt", python)
+    assert {name: found for name, found in fixed.items() if len(found) != 1} == {}
+    for requirement in declared("test", "dev", "docs"):
+        [version] = fixed[requirement.name]
+        assert version in requirement.specifier
+
+
+def test_a_python_changes_nothing_but_where_a_release_no_longer_takes_it():
+    older, ci = pins("constraints.txt", "3.10"), pins("constraints.txt", "3.11")
+    assert pins("constraints.txt", "3.12") == pins("constraints.txt", "3.13") == ci
+    assert older.keys() == ci.keys()
+    assert all(older[name] <= ci[name] for name in ci)
+
+
+def test_the_version_of_torch_that_the_makefile_reads_is_its_whole_line():
+    [torch] = [line for line in lines("constraints.txt") if line.name == "torch"]
+    assert torch.marker is None
