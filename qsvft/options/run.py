@@ -70,7 +70,8 @@ class RunOptions:
     revision: str | None = option(None, WORD, "Of the base on the hub.", "a revision, or None", _is_text_or_none)
     bits: int = option(4, INTEGER, "How the base is held: 4 (NF4), 8 (int8) or 16.", *one_of(BASE_BITS))
     dtype: str | None = option(
-        None, WORD, "Of the base before it is quantised.", "'bfloat16', 'float16', 'float32' or None",
+        None, WORD, "Of the base before it is quantised; None for bfloat16 in place of float32.",
+        "'bfloat16', 'float16', 'float32' or None",
         lambda value: value in (None, "bfloat16", "float16", "float32"),
     )  # fmt: skip
     fit: str | None = option(

@@ -26,6 +26,7 @@ from ..storage.shapes_only import shapes_only
 from ..tuner.config import QSVFTConfig
 from ..tuner.progress import progress_bars
 from ..tuner.targets import check_targets
+from .base import Base
 
 _OPERATIONS = {True: 8, False: 6}
 """A weight and token: two each for forward, recomputation if there is one and the inputs' gradient, and as much again
@@ -39,6 +40,7 @@ class Step:
     Attributes:
         model, config: its name, and the model's config.
         options: of the adapter and the step, those that were chosen for a card among them.
+        chosen: these alone.
         batch_size, seq_len: sequences at once, and their tokens.
         row: predicted bytes at the peak, by what they are for.
         card_bytes: of the card that it has to fit; None on a CPU.
@@ -47,6 +49,7 @@ class Step:
     model: str
     config: PretrainedConfig
     options: dict[str, Any]
+    chosen: dict[str, Any]
     batch_size: int
     seq_len: int
     row: Row
@@ -145,13 +148,12 @@ def _count(number: int) -> str:
 
 
 def forecast(
-    base: str, bits: int, given: Mapping[str, Any], config: Any, seq_len: int, answers: int, fit: str | float | None
+    base: Base, given: Mapping[str, Any], config: Any, seq_len: int, answers: int, fit: str | float | None
 ) -> Step:
     """Count the largest step of a run, and choose its options for a card where one is given.
 
     Args:
-        base: a directory or a hub id.
-        bits: how the base is held.
+        base: which, and how it is held.
         given: fields of a config and switches.
         config: the trainer's arguments.
         seq_len: tokens of the longest sequence.
@@ -161,7 +163,7 @@ def forecast(
     Raises:
         ValueError: it does not fit the card, or this machine, with what would.
     """
-    name, of_model = resolve(base)
+    (name, of_model), chosen = resolve(base.name), dict[str, Any]()
     options, card, batch_size = dict(given), present_card(), config.per_device_train_batch_size * answers
     if fit is not None:
         card = int(card_size(fit) * GIB)
@@ -169,19 +171,20 @@ def forecast(
         found = recommend(of_model, card / GIB, seq_len, batch_size, progress=True, **fixed)
         if not found.fits:
             raise ValueError(str(found))
-        options = {**found.options, **options}
+        chosen = dict(found.options)
+        options = {**chosen, **options}
     fields = {key: value for key, value in options.items() if key in OPTIONS}
     with shapes_only():
         check_targets(model_without_values(of_model), QSVFTConfig(task_type="CAUSAL_LM", **fields))
     counted = {key: value for key, value in options.items() if key in COUNTED and value is not None}
     checkpointing = bool(counted.pop("gradient_checkpointing", True))
-    method = Method("qsvft", "qsvft", {**counted, **({"bits": bits} if bits != 4 else {})})
-    if bits == 8:
-        row = Row("qsvft", error="a base of 8 bits is not counted")
+    method = Method("qsvft", "qsvft", {**counted, **({"bits": base.bits} if base.bits != 4 else {})})
+    if base.bits == 8 or base.dtype == "float32":
+        row = Row("qsvft", error=f"a base {'of 8 bits' if base.bits == 8 else 'in float32'} is not counted")
     else:
         with progress_bars(False):
             row = profile(of_model, [method], batch_size, seq_len, checkpointing).rows[0]
-    step = Step(name, of_model, options, batch_size, seq_len, row, card)
+    step = Step(name, of_model, options, chosen, batch_size, seq_len, row, card)
     if row.error is None:
         _check_room(step)
     return step

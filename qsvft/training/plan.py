@@ -10,12 +10,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 
-from ..options.adapter import OPTIONS
 from ..options.recipe import Recipe
-from ..tuner.calibration import with_basis
 from ..tuner.config import QSVFTConfig
 from ..tuner.learning_rate import suggest_learning_rate
 from .arguments import MAX_LENGTH, trainer_config
+from .base import Base, base_of
 from .data import Rows, is_turns, load_rows, turn_by_turn
 from .forecast import Forecast, forecast, linear_weights, seconds_of, steps_of_run
 from .tokens import encoded
@@ -31,16 +30,16 @@ class Plan:
 
     Attributes:
         recipe: as it was read.
-        base: a directory or a hub id.
+        base: which, and how it is held.
         tokenizer, rows: of the base, and of the data set.
         config: of TRL's trainer.
-        options: of the adapter and the step.
+        options: of a new adapter and the step, for :func:`qsvft.from_pretrained`.
         forecast: what it will take.
         calibration_size: rows in a batch of the calibration: at most as many tokens as a step goes through at once.
     """
 
     recipe: Recipe
-    base: str
+    base: Base
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
     config: Any
@@ -55,21 +54,16 @@ def plan_of(recipe: Recipe) -> Plan:
     Raises:
         ValueError: what the data, the tokenizer, an option or a card's memory stands in the way of.
     """
-    run = recipe.run
-    adapter = None if run.adapter is None else QSVFTConfig.from_pretrained(run.adapter)
-    base = run.model or (adapter.base_model_name_or_path if adapter is not None else None)
-    if not base:
-        raise ValueError(f"adapter {run.adapter!r}: names no base; expected one. Give --model.")
-    tokenizer = base_tokenizer(base, run.revision)
+    run, base = recipe.run, base_of(recipe)
+    tokenizer = base_tokenizer(base.name, run.revision)
     rows = load_rows(run, recipe.arguments.get("seed", 42))
     lengths = _lengths(rows, tokenizer, recipe.arguments.get("max_length", MAX_LENGTH))
     rows, arguments = with_answers(rows, tokenizer, recipe.arguments)
-    given = with_basis(recipe.adapter, run.calibration or None, run.bits == 4) if adapter is None else _options(adapter)
-    rate = suggest_learning_rate(adapter or QSVFTConfig(task_type="CAUSAL_LM", **given))
+    rate = suggest_learning_rate(QSVFTConfig(task_type="CAUSAL_LM", **base.held))
     config = trainer_config(replace(recipe, arguments=arguments), rate, rows.held_out is not None)
     packed = config.max_length if getattr(config, "packing", False) else None
     longest, answers = packed or max(lengths), 2 if run.method == "dpo" else 1
-    step = forecast(base, run.bits, {**given, **recipe.switches}, config, longest, answers, run.fit)
+    step = forecast(base, {**base.held, **recipe.switches}, config, longest, answers, run.fit)
     weights = linear_weights(step.config)
     tokens = sum(lengths) / len(lengths)
     steps = steps_of_run(len(rows.train), int(tokens * len(rows.train)), config, packed)
@@ -81,7 +75,7 @@ def plan_of(recipe: Recipe) -> Plan:
     )  # fmt: skip
     size = config.per_device_train_batch_size * max(1, (config.max_length or longest) // longest)
     size = max(config.per_device_train_batch_size, min(_MOST_IN_A_BATCH, size))
-    return Plan(recipe, base, tokenizer, rows, config, step.options, said, size)
+    return Plan(recipe, base, tokenizer, rows, config, {**step.chosen, **base.given, **recipe.switches}, said, size)
 
 
 def base_tokenizer(base: str, revision: str | None = None, otherwise: str | None = None) -> PreTrainedTokenizerBase:
@@ -142,7 +136,3 @@ def _lengths(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int | N
         return [max_length or MAX_LENGTH]
     few = rows.train.select(range(min(_LOOKED_AT, len(rows.train))))
     return [len(encoded(row, tokenizer, max_length)[0]) for row in few]
-
-
-def _options(config: QSVFTConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in OPTIONS}

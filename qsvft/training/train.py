@@ -123,7 +123,7 @@ def _run(plan: Plan, folder: Path, resumed: Path | None, say: Say, main: bool) -
         trainer.save_model(str(folder))
         history = trainer.state.log_history
         if main:
-            draw_losses(history, folder / PICTURE, f"{plan.base}, {plan.recipe.run.dataset}")
+            draw_losses(history, folder / PICTURE, f"{plan.base.name}, {plan.recipe.run.dataset}")
             _write_card(folder, plan, history)
             trainer.save_state()  # last: it says that the run came to its end
     except KeyboardInterrupt:
@@ -188,15 +188,16 @@ def _trainer(plan: Plan, say: Say) -> Any:
 
 
 def _model(plan: Plan) -> PeftModel:
-    run, processes = plan.recipe.run, PartialState(cpu=not torch.cuda.is_available())
-    place: dict[str, Any] = {"revision": run.revision, "dtype": run.dtype, "cache_dir": run.cache_dir}
+    run, base = plan.recipe.run, plan.base
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    place: dict[str, Any] = {"revision": run.revision, "dtype": base.dtype, "cache_dir": run.cache_dir}
     if processes.num_processes > 1:
         place["device_map"] = {"": processes.device}
     if run.adapter is not None:
-        return from_pretrained(plan.base, adapter=run.adapter, **place, **plan.recipe.switches)
+        return from_pretrained(base.name, adapter=run.adapter, **place, **plan.recipe.switches)
     seen = None
-    if run.calibration:
+    if base.calibration:
         size, length = plan.calibration_size, plan.config.max_length
-        seen = list(batches(plan.rows.train, plan.tokenizer, length, size, run.calibration))
+        seen = list(batches(plan.rows.train, plan.tokenizer, length, size, base.calibration))
     options = {name: value for name, value in plan.options.items() if value is not None}
-    return from_pretrained(plan.base, run.bits, calibration=seen, **place, **options)
+    return from_pretrained(base.name, base.bits, calibration=seen, **place, **options)

@@ -10,7 +10,13 @@ from rows_of import write_rows
 from safetensors.torch import load_file
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
-FEW = {"--rank": 8, "--max-steps": 3, "--eval-share": 0, "--calibration": 0, "--set": "warmup_steps=0"}
+FEW = {
+    "--rank": 8,
+    "--max-steps": 3,
+    "--eval-share": 0,
+    "--calibration": 0,
+    "--set": "warmup_steps=0",
+}
 
 
 def M_of(folder):

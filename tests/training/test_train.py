@@ -190,7 +190,7 @@ def test_a_directory_that_holds_something_else_is_refused_and_left_as_it_is(run,
         ("text", {"packing": True, "max_length": 16}),
         ("preference", {"method": "dpo"}),
         ("text", {"bits": 16, "calibration": 0, "pattern": "banded", "sides": "one", "off_diagonals": 2}),
-        ("text", {"bits": 8}),
+        ("text", {"bits": 8, "dtype": "float32"}),
         ("text", {"fit": "8GiB", "rank": None}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
@@ -203,6 +203,36 @@ def test_each_form_of_data_and_each_kind_of_base_trains(place, tmp_path, kind, o
         M.any() and torch.isfinite(M).all()
         for M in coefficients(qsvft.load(done.folder, cache_dir=place / "cache")).values()
     )
+
+
+@pytest.mark.parametrize("basis", ["singular", "data"])
+def test_a_prepared_directory_trains_with_what_it_was_prepared_for(place, tmp_path, basis):
+    options = {"rank": 16} if basis == "singular" else {"basis": "data"}
+    qsvft.prepare_checkpoint(place / "base", tmp_path / "prepared", dtype="bfloat16", progress=False, **options)
+    for path in (place / "base").glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "prepared")
+    given = {**recipe(place, "x"), "model": str(tmp_path / "prepared"), "output": str(tmp_path / "run"), "max_steps": 2}
+    del given["rank"]
+    plan = module.plan_of(module.read_recipe(given))
+    assert plan.config.learning_rate == (4e-2 if basis == "singular" else 2e-2)
+    done = train(given, say=lambda text: None)
+    config = qsvft.QSVFTConfig.from_pretrained(done.folder)
+    assert (config.basis, config.residual) == (basis, False)
+    assert plan.forecast.step.row.trainable_parameters == sum(M.numel() for M in M_in(done.folder).values())
+
+
+def test_a_base_in_other_bits_than_a_prepared_directory_has_is_refused(place, tmp_path):
+    qsvft.prepare_checkpoint(place / "base", tmp_path / "prepared", progress=False)
+    given = {**recipe(place, "x", bits=16), "model": str(tmp_path / "prepared"), "output": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="holds its weights in 4 bits"):
+        train(given, say=lambda text: None)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_a_checkpoint_in_fp32_is_held_in_bf16_unless_it_is_to_stay(place, dtype, expected):
+    plan = module.plan_of(module.read_recipe(recipe(place, "x", dtype=dtype)))
+    assert module._model(plan).dtype == expected
+    assert (plan.forecast.step.row.error is None) == (dtype is None)
 
 
 def test_the_loss_of_a_conversation_is_on_what_the_assistant_says(place):
@@ -269,7 +299,7 @@ def test_ctrl_c_says_where_it_goes_on(place, tmp_path, monkeypatch):
         ({"report_to": "wandb"}, "report_to: found 'wandb', which is not installed; expected an installed one"),
         ({"eval_strategy": "sometimes"}, "SFTConfig: sometimes is not a valid"),
         ({"fit": "0.1GiB"}, "nothing fits"),
-        ({"model": "/no/such/model"}, "model '/no/such/model': no tokenizer was found"),
+        ({"model": "/no/such/model"}, "unknown model '/no/such/model': it is no directory"),
         ({"target_modules": ["nothing"]}, "nothing"),
     ],
 )
