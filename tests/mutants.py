@@ -871,6 +871,20 @@ MUTANTS = (
         ("tuner/test_card.py",),
     ),
     Mutant(
+        "AutoPeftModel loads the base as its checkpoint has it",
+        "tuner/auto_peft.py",
+        "PeftConfig.from_pretrained(place) if set(given) <= _OURS else None",
+        "None",
+        ("test_load.py::test_autopeft_loads_an_adapter_on_its_base_as_it_was_held",),
+    ),
+    Mutant(
+        "a prepared directory's own factors are passed over",
+        "training/base.py",
+        "        calibration = 0  # its factors are there to be used",
+        "        pass",
+        ("training/test_train.py::test_a_prepared_directory_trains_with_what_it_was_prepared_for",),
+    ),
+    Mutant(
         "every program is taken for the command",
         "options/started.py",
         "return PurePath(started).name in _NAMES",

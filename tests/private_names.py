@@ -244,6 +244,12 @@ PRIVATE_NAMES = [
         "a product that does not make it",
     ),
     PrivateName(
+        "peft.auto._BaseAutoPeftModel._target_peft_class",
+        "tuner/auto_peft.py",
+        "AutoPeftModelFor... is to load an adapter's base as it was held",
+        "a way of PEFT's for a method to load its base",
+    ),
+    PrivateName(
         "peft.config.PeftConfigMixin._get_peft_type",
         "tuner/registration.py",
         "it reads an adapter's config before anyone knows whose it is, and says of a damaged one only KeyError",
