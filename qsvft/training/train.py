@@ -169,8 +169,8 @@ def _trainer(plan: Plan, say: Say) -> Any:
     run, config = plan.recipe.run, plan.config
     kind = DPOTrainer if run.method == "dpo" else SFTTrainer
     model = _model(plan)
-    if config.world_size > 1:
-        make_shardable(model)  # what FSDP and ZeRO-3 split; to DDP it is the same model
+    if weights_are_split():
+        make_shardable(model)
     config.gradient_checkpointing = plan.forecast.step.checkpointing
     trainer = kind(
         model=model,
@@ -185,6 +185,11 @@ def _trainer(plan: Plan, say: Say) -> Any:
     if run.stop_at_nan:
         trainer.add_callback(StopAtNaN())
     return trainer
+
+
+def weights_are_split() -> bool:
+    """Whether ``accelerate launch`` was told to split weights between cards, as FSDP and DeepSpeed do."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def _model(plan: Plan) -> PeftModel:

@@ -228,6 +228,18 @@ def test_a_base_in_other_bits_than_a_prepared_directory_has_is_refused(place, tm
         train(given, say=lambda text: None)
 
 
+@pytest.mark.parametrize(
+    ("environment", "split"),
+    [({}, False), ({"ACCELERATE_USE_FSDP": "true"}, True), ({"ACCELERATE_USE_DEEPSPEED": "true"}, True),
+     ({"ACCELERATE_USE_FSDP": "false", "WORLD_SIZE": "2"}, False)],
+)  # fmt: skip
+def test_a_base_is_made_splittable_where_the_launcher_splits_it(monkeypatch, environment, split):
+    """Under DDP nothing is, and an int8 base trains there."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert module.weights_are_split() is split
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.bfloat16), ("float32", torch.float32)])
 def test_a_checkpoint_in_fp32_is_held_in_bf16_unless_it_is_to_stay(place, dtype, expected):
     plan = module.plan_of(module.read_recipe(recipe(place, "x", dtype=dtype)))
