@@ -14,6 +14,7 @@ from .storage.headers import read_shard
 from .storage.json_files import read_object
 from .storage.tensor_files import TensorFiles
 from .storage.weights import all_finite
+from .tuner.adapter_file import is_m
 from .tuner.config import QSVFTConfig
 
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,7 +73,7 @@ def _of_adapter(folder: Path) -> Iterator[tuple[str, str]]:
     config = QSVFTConfig.from_pretrained(str(folder))
     _, entries = read_shard(folder / _ADAPTER_WEIGHTS)
     files = TensorFiles.from_file(folder / _ADAPTER_WEIGHTS)
-    M = [name for name in entries if name.endswith((".qsvft_M.weight", ".qsvft_M"))]
+    M = [name for name in entries if is_m(name)]
     if not M:
         raise ValueError(
             f"{folder / _ADAPTER_WEIGHTS}: found no M in it; expected one a layer. Save the adapter again."

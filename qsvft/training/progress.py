@@ -27,27 +27,15 @@ def readable(state: TrainerState, logs: Mapping[str, Any]) -> str:
     return f"step {state.global_step} of {state.max_steps}: {', '.join(found)}" if found else ""
 
 
-class ReadableBar(ProgressCallback):
-    """transformers' progress bar, with lines above it."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write a line above the bar."""
-        line = readable(state, logs or {})
-        if state.is_world_process_zero and self.training_bar is not None and line:
-            self.training_bar.write(line)
-
-
 class ReadableLines(TrainerCallback):
-    """The lines alone, for a file."""
+    """A line for each log.
+
+    Args:
+        say: takes it.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
         self.say = say
 
     def on_log(
@@ -62,6 +50,13 @@ class ReadableLines(TrainerCallback):
         line = readable(state, logs or {})
         if state.is_world_process_zero and line:
             self.say(line)
+
+
+class ReadableBar(ReadableLines, ProgressCallback):
+    """transformers' progress bar, with the lines above it."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda line: self.training_bar.write(line) if self.training_bar is not None else None)
 
 
 def shown(say: Callable[[str], None]) -> TrainerCallback:

@@ -98,6 +98,11 @@ def _add_records(
     return digest
 
 
+def is_m(key: str) -> bool:
+    """Whether a tensor of an adapter's file is an M, under its name or the one that it had before."""
+    return key.endswith((".qsvft_M.weight", ".qsvft_M"))
+
+
 def m_key(layer: str, adapter: str) -> str:
     """M's name in a model's state."""
     return f"{layer}.qsvft_M.{adapter}.weight"

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..storage.headers import read_shard
+from .adapter_file import is_m
 from .config import QSVFTConfig
 
 CARD = "README.md"
@@ -70,7 +71,7 @@ def _rows(folder: Path, config: QSVFTConfig) -> Mapping[str, str]:
     }
     if (folder / _WEIGHTS).is_file():
         _, entries = read_shard(folder / _WEIGHTS)
-        M = [entry.nbytes // 4 for name, entry in entries.items() if name.endswith((".qsvft_M.weight", ".qsvft_M"))]
+        M = [entry.nbytes // 4 for name, entry in entries.items() if is_m(name)]
         size = sum(entry.nbytes for entry in entries.values()) / 2**20
         rows["trained"] = f"{sum(M):,} numbers in {len(M)} layers"
         rows["file"] = f"{size:,.1f} MiB{', factors among them' if config.include_factors else ''}"
