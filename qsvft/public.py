@@ -13,14 +13,14 @@ from .memory import MemoryReport, Recommendation, describe, held_bytes, profile,
 from .prepare import prepare
 from .storage import blocks_over_rows as blocks_over_rows
 from .storage.quantization import quantize
-from .tuner import QSVFTConfig, QSVFTModel, auto_peft
+from .tuner import QSVFTConfig, QSVFTModel, auto_classes
 from .tuner.calibration import calibrate
 from .tuner.learning_rate import suggest_learning_rate
 from .tuner.sharding import make_shardable
 from .tuner.stop_at_nan import StopAtNaN
 from .use_factors import use_factors
 
-auto_peft.register(load)
+auto_classes.register(load)
 
 __all__ = [
     "MemoryReport",

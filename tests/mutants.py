@@ -872,10 +872,24 @@ MUTANTS = (
     ),
     Mutant(
         "AutoPeftModel loads the base as its checkpoint has it",
-        "tuner/auto_peft.py",
+        "tuner/auto_classes.py",
         "PeftConfig.from_pretrained(place) if set(given) <= _OURS else None",
         "None",
-        ("test_load.py::test_autopeft_loads_an_adapter_on_its_base_as_it_was_held",),
+        ("tuner/test_auto_classes.py::test_autopeft_loads_an_adapter_on_its_base_as_it_was_held",),
+    ),
+    Mutant(
+        "transformers' auto classes load the base as its checkpoint has it",
+        "tuner/auto_classes.py",
+        "None if args or set(given) - _OURS else",
+        "None if True else",
+        ("tuner/test_auto_classes.py::test_transformers_auto_classes_and_pipeline",),
+    ),
+    Mutant(
+        "a base's own quantisation is passed over by the auto classes",
+        "tuner/auto_classes.py",
+        "None if args or set(given) - _OURS",
+        "None if args",
+        ("tuner/test_auto_classes.py::test_transformers_takes_its_own_way",),
     ),
     Mutant(
         "a prepared directory's own factors are passed over",

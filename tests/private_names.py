@@ -245,7 +245,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "peft.auto._BaseAutoPeftModel._target_peft_class",
-        "tuner/auto_peft.py",
+        "tuner/auto_classes.py",
         "AutoPeftModelFor... is to load an adapter's base as it was held",
         "a way of PEFT's for a method to load its base",
     ),
@@ -525,6 +525,20 @@ PRIVATE_NAMES = [
         "the layers that can be checkpointed",
         "a documented name",
     ),
+    *(
+        PrivateName(
+            f"transformers.PreTrainedModel.from_pretrained.{name}",
+            "tuner/auto_classes.py",
+            "what an auto class and a pipeline hand on: which adapter was asked for, and that they are the caller",
+            "one way for a method to load its base",
+            _says(where, name),
+        )
+        for name, where in (
+            ("_adapter_model_path", "transformers.integrations.peft"),
+            ("_from_auto", "transformers.modeling_utils"),
+            ("_from_pipeline", "transformers.modeling_utils"),
+        )
+    ),
     PrivateName(
         "transformers.PreTrainedModel._from_config",
         "checkpoint/source/architecture.py tuner/heads.py",
@@ -533,7 +547,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "transformers.PreTrainedModel._hf_peft_config_loaded",
-        "tuner/load_adapter.py checkpoint/prepared/quantizer.py",
+        "tuner/load_adapter.py tuner/auto_classes.py checkpoint/prepared/quantizer.py",
         "its own load_adapter sets it, and everything about adapters asks for it",
         "load_adapter with a hook for the method's own loading",
     ),

@@ -4,12 +4,6 @@ import shutil
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSequenceClassification,
-    LoraConfig,
-    get_peft_model,
-)
 from small_models import load, logits, randomize, save_llama, tokens
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -245,24 +239,3 @@ def test_others_are_loaded_beside_it_switched_and_deleted_and_each_generates_wha
     assert torch.equal(model.generate(input_ids=ids, **short), texts["2"])
     mixed = model.generate(input_ids=ids, adapter_names=["1", "__base__"], **short)
     assert torch.equal(mixed, torch.stack([texts["1"][0], texts["none"][1]]))
-
-
-def test_autopeft_loads_an_adapter_on_its_base_as_it_was_held(llama, tmp_path):
-    model = randomize(qsvft.from_pretrained(llama, rank=8, progress=False))
-    model.save_pretrained(tmp_path / "adapter")
-    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(found), logits(model))
-    assert not found.training and not any(p.requires_grad for p in found.parameters())
-    on = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", "mine", is_trainable=True, device_map="cpu")
-    assert list(on.peft_config) == ["mine"] and sum(p.requires_grad for p in on.parameters()) == 14
-    with pytest.raises(ValueError, match="expected one of a PeftModelForSequenceClassification"):
-        AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-
-
-def test_autopeft_leaves_other_adapters_and_arguments_to_peft(llama, tmp_path):
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(load(llama), config).save_pretrained(tmp_path / "lora")
-    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").peft_config["default"].peft_type == "LORA"
-    qsvft.from_pretrained(llama, rank=8, progress=False).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="does not fit the base model"):
-        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", low_cpu_mem_usage=True)

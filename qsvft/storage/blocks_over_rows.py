@@ -46,7 +46,7 @@ def mend() -> torch.library.Library:
     library = torch.library.Library(OPERATOR.partition("::")[0], "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
-        library.impl("dequantize_4bit", read, "CPU", with_keyset=True)
+        library.impl("dequantize_4bit", read, "CPU", with_keyset=True, allow_override=True)  # as since torch 2.13
     return library
 
 
