@@ -15,6 +15,7 @@ from .lean.checkpointing import enable_checkpointing
 from .lean.chunked_loss import chunked_loss_obstacle, enable_chunked_loss
 from .lean.norms import lean_norms
 from .lean.offload import offload_checkpoints
+from .lean.tiles import tile_mlps
 from .memory.fit.options import fitting_options
 from .memory.fit.recommend import Recommendation
 from .options.option import shows
@@ -71,10 +72,10 @@ def prepare(
             of ``basis="data"``, which is the default where this is given, and with a dense model and bits=4 so is
             ``residual``. The dense weights then stay on the CPU until the batches are seen. See :func:`calibrate`.
         progress: show progress bars.
-        **options: the switches gradient_checkpointing (on), offload (off), chunked_loss (on) and quantize_embeddings
-            (16), see :class:`~qsvft.options.switches.Switches`; and fields of :class:`QSVFTConfig`, such as rank=64,
-            factor_bits=8, pattern="plain". Where ``task_type`` is not given it follows from the model's class, so
-            that a fresh classification head is trained and saved with the adapter.
+        **options: the switches gradient_checkpointing (on), offload (off), tile_mlp (off), chunked_loss (on) and
+            quantize_embeddings (16), see :class:`~qsvft.options.switches.Switches`; and fields of
+            :class:`QSVFTConfig`, such as rank=64, factor_bits=8, pattern="plain". Where ``task_type`` is not given it
+            follows from the model's class, so that a fresh classification head is trained and saved with the adapter.
 
     Returns:
         A ``peft.PeftModel``, for Trainer, TRL, ``save_pretrained``, ``merge_and_unload``.
@@ -165,6 +166,8 @@ def _make_lean(model: nn.Module, switches: Switches) -> None:
         enable_checkpointing(model)
     if switches.offload:
         offload_checkpoints(model)
+    if switches.tile_mlp:
+        tile_mlps(model)
     if switches.chunked_loss and chunked_loss_obstacle(model) is None:
         enable_chunked_loss(model)
 

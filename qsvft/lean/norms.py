@@ -2,7 +2,8 @@
 
 An RMSNorm of transformers keeps its input in fp32 for the backward, 4 bytes an entry beside the 2 of the
 input that is alive anyway. Here it keeps the input alone and computes itself again in the backward; the
-same operations on the same numbers, so neither outputs nor gradients change by a bit.
+same operations on the same numbers, so neither outputs nor gradients change by a bit. A long sequence it takes tile by
+tile, so that the fp32 copies stand there of 2048 tokens alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..storage.disguise import disguised, undisguised
+from .by_tiles import by_tiles
+from .same_autocast import Autocast, again
 
 
 def lean_norms(model: nn.Module) -> nn.Module:
@@ -75,23 +78,18 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module, run: Any) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.module, ctx.run = module, run
-        kind = x.device.type
-        ctx.autocast = None if x.is_meta else (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        result: Tensor = run(module, x)
-        return result
+        ctx.module, ctx.run, ctx.autocast = module, run, Autocast.of(x)
+        return by_tiles(x, lambda tile: run(module, x[tile]))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        twice = torch.is_grad_enabled()  # the gradient is to be differentiated again, through x itself
-        leaf = x if twice else x.detach().requires_grad_()
-        with torch.enable_grad():
-            if ctx.autocast is None:
-                y = ctx.run(ctx.module, leaf)
-            else:
-                kind, enabled, dtype = ctx.autocast
-                with torch.autocast(kind, dtype=dtype, enabled=enabled):
-                    y = ctx.run(ctx.module, leaf)
-        (grad,) = torch.autograd.grad(y, leaf, g, create_graph=twice)
-        return grad, None, None
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again, through x itself
+            return _gradient(ctx, x, g, twice=True), None, None
+        return by_tiles(x, lambda tile: _gradient(ctx, x[tile].detach().requires_grad_(), g[tile])), None, None
+
+
+def _gradient(ctx: Any, x: Tensor, g: Tensor, twice: bool = False) -> Tensor:
+    with torch.enable_grad(), again(ctx.autocast):
+        y = ctx.run(ctx.module, x)
+    return torch.autograd.grad(y, x, g, create_graph=twice)[0]

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 from ..lean.chunked_loss import enable_chunked_loss
 from ..lean.norms import lean_norms
 from ..lean.offload import offload_checkpoints
+from ..lean.tiles import tile_mlps
 from ..lean.vocabulary import quantize_embeddings
 from ..options.adapter import OPTIONS
 from ..options.option import INTEGER
@@ -145,6 +146,8 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
         enable_chunked_loss(model)
     if method.options.get("offload"):
         offload_checkpoints(model)
+    if method.options.get("tile_mlp"):
+        tile_mlps(model)
     return built.to("meta") if meta else built
 
 

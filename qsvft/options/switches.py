@@ -26,6 +26,10 @@ class Switches:
         False, SWITCH, "Keep each layer's checkpoint in host memory between forward and backward.", "True or False",
         _is_bool, counted=True,
     )  # fmt: skip
+    tile_mlp: bool = option(
+        False, SWITCH, "Take each MLP in tiles of 2048 tokens: for long sequences.", "True or False", _is_bool,
+        counted=True,
+    )  # fmt: skip
     chunked_loss: bool = option(
         True, SWITCH, "Never hold the logits of a whole batch in training; models whose loss is another one keep it.",
         "True or False", _is_bool, counted=True,

@@ -18,6 +18,7 @@ from ..lean.checkpointing import evaluating
 from ..lean.chunked_loss import disable_chunked_loss
 from ..lean.norms import plain_norms
 from ..lean.offload import stop_offloading
+from ..lean.tiles import whole_mlps
 from ..lean.vocabulary import dequantize_vocabulary
 from ..storage.experts import join_experts
 from ..storage.factor_names import parse_name
@@ -235,7 +236,7 @@ class QSVFTModel(BaseTuner):
             # Otherwise PEFT would hand out the merged layers.
             self.unmerge_adapter()
         super()._unload_and_optionally_merge(merge=merge, **kwargs)
-        model: nn.Module = plain_norms(disable_chunked_loss(self.model))
+        model: nn.Module = whole_mlps(plain_norms(disable_chunked_loss(self.model)))
         stop_offloading(model)
         plain_packed(model)
         return dequantize_vocabulary(dequantize(model)) if merge else join_experts(model)

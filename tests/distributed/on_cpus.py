@@ -4,6 +4,7 @@ accelerate shards on a card's backend alone; here it takes gloo for one. With QS
 killed after step N; with QSVFT_TEST_SENT=FILE the first one writes the bytes of each collective of the last step.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -18,6 +19,9 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
+
+import qsvft
+from qsvft.lean import by_tiles
 
 deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 kind = DistributedType.NO if deepspeed else DistributedType.MULTI_GPU
@@ -56,6 +60,9 @@ class InTheMiddle(TrainerCallback):
 
 
 transformers.trainer.DEFAULT_CALLBACKS.append(InTheMiddle)
+# MLPs in tiles, as of long sequences: each reads what it trains, wherever a launcher has put that; FSDP1 is refused.
+tiled = os.environ.get("FSDP_VERSION", "1") != "1" or os.environ.get("ACCELERATE_USE_FSDP") != "true"
+by_tiles.TOKENS, qsvft.from_pretrained = 4, functools.partial(qsvft.from_pretrained, tile_mlp=tiled)
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]

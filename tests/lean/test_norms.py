@@ -12,11 +12,13 @@ import torch
 from small_models import load, logits, tokens
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import qsvft
+from qsvft.lean import by_tiles
 from qsvft.lean.norms import lean_norms, plain_norms
 
 NORMS = [LlamaRMSNorm, GemmaRMSNorm, nn.LayerNorm, nn.RMSNorm]
@@ -35,7 +37,9 @@ def output_gradient_and_kept(norm: nn.Module, x: torch.Tensor):
     inner = leaf * 1
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = norm(inner)
-    (gradient,) = torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel()).to(y.dtype).view(y.shape))
+    (gradient,) = torch.autograd.grad(
+        y, leaf, torch.linspace(-1, 1, y.numel(), dtype=torch.float64).to(y.dtype).view(y.shape)
+    )
     return y.detach(), gradient, [t for t in kept if t.data_ptr() != inner.data_ptr() and t.numel() >= x.numel()]
 
 
@@ -47,6 +51,29 @@ def test_outputs_and_gradients_are_the_same_bits_and_only_the_input_is_kept(kind
     lean_y, lean_gradient, kept = output_gradient_and_kept(lean_norms(nn.Sequential(norm))[0], x)
     assert torch.equal(lean_y, y) and torch.equal(lean_gradient, gradient)
     assert kept == []
+
+
+class LargestInFp32(TorchDispatchMode):
+    """The most rows that one operation gave in fp32."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.dim() > 1 and out.shape[-1] > 1:
+            self.rows = max(self.rows, out[..., 0].numel())
+        return out
+
+
+@pytest.mark.parametrize("shape", [(1, 29, 64), (3, 11, 64), (29, 64)])
+def test_of_a_long_sequence_a_tile_alone_stands_there_in_fp32_forward_and_backward(shape, monkeypatch):
+    monkeypatch.setattr(by_tiles, "TOKENS", 8)
+    norm, x = norm_of(LlamaRMSNorm), torch.randn(shape).bfloat16()
+    y, gradient, _ = output_gradient_and_kept(norm, x)
+    with LargestInFp32() as largest:
+        lean_y, lean_gradient, kept = output_gradient_and_kept(lean_norms(nn.Sequential(norm))[0], x)
+    assert torch.equal(lean_y, y) and torch.equal(lean_gradient, gradient) and kept == []
+    assert 0 < largest.rows <= 8
 
 
 @pytest.mark.parametrize("kind", NORMS, ids=lambda kind: kind.__name__)

@@ -17,18 +17,19 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import qsvft
+from qsvft.lean import by_tiles
 from qsvft.storage import nf4_product
 
 STEPS = 3
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def prepared(storage):
+def prepared(storage, tile_mlp):
     settings = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=storage)
     model = AutoModelForCausalLM.from_pretrained(
         sys.argv[1], dtype=torch.float32, quantization_config=settings, device_map="cpu"
     )
-    return qsvft.prepare(model, rank=8, progress=False)
+    return qsvft.prepare(model, rank=8, tile_mlp=tile_mlp, progress=False)
 
 
 def batch(step, rank):
@@ -48,8 +49,9 @@ def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     nf4_product.DENSE_BYTES, nf4_product.LEAST_TOKENS = 1024, 1  # products in slices, as of large weights
+    by_tiles.TOKENS = 4  # and MLPs in tiles, as of long sequences
     dist.init_process_group("gloo")
-    model, mesh = qsvft.make_shardable(prepared(torch.float32)), init_device_mesh("cpu", (2,))
+    model, mesh = qsvft.make_shardable(prepared(torch.float32, tile_mlp=True)), init_device_mesh("cpu", (2,))
     for layer in [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -60,7 +62,7 @@ def main():
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         model.save_pretrained(sys.argv[2], state_dict=state)
-        single = prepared(torch.uint8)
+        single = prepared(torch.uint8, tile_mlp=False)
         train(single, [torch.cat([batch(step, 0), batch(step, 1)]) for step in range(STEPS)])
         expected = {name: p.detach() for name, p in single.named_parameters() if p.requires_grad}
         error = max(float((state[name] - value).norm() / value.norm()) for name, value in expected.items())

@@ -8,13 +8,15 @@ training, and last the rank, since truncation is the one step that does cost the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ...lean.by_tiles import TOKENS
 from ...lean.offload import offload_checkpoints, stop_offloading
+from ...lean.tiles import tile_mlps, whole_mlps
 from ...lean.vocabulary import quantize_embeddings
 from ...options.adapter import OPTIONS
 from ...options.switches import SWITCHES
@@ -48,6 +50,7 @@ class Step:
 # factors and truncation do to training by benchmarks/quality: see docs/quality.md.
 STEPS = (
     Step("gradient_checkpointing", True, "the same gradients; the forward runs a second time in the backward"),
+    Step("tile_mlp", True, "an MLP takes 2048 tokens after the other; its sums over tokens are rounded elsewhere"),
     Step("factor_bits", 8, "int8 factors; the loss after training moves by less than 0.001 (MiniLM)"),
     Step("factor_bits", 4, "NF4 factors, a tenth off the exact ones; the loss moves by 0.003 (MiniLM, SmolLM2-135M)"),
     Step("quantize_embeddings", 8, "embeddings and head in int8; on a small model that moves the logits by 0.6%"),
@@ -119,12 +122,13 @@ class Rung:
         rank = "full rank" if config.rank is None else f"rank {config.rank}"
         parts = [f"{rank} with {held[config.stored_bits]} factors"]
         parts += [f"{held[now['quantize_embeddings']]} embeddings"] if now["quantize_embeddings"] != 16 else []
+        parts += ["MLPs in tiles"] if now["tile_mlp"] else []
         parts += ["offloaded checkpoints"] if now["offload"] else []
         parts += [] if now["gradient_checkpointing"] else ["no checkpointing"]
         return ", ".join(parts)
 
 
-def ladder(model: PreTrainedModel, fixed: Mapping[str, Any]) -> list[Rung]:
+def ladder(model: PreTrainedModel, fixed: Mapping[str, Any], tokens: int = 0) -> list[Rung]:
     """The rungs that a model can stand on, each leaner than the one before.
 
     Left out are steps that contradict a fixed option, that the model has no use for, and that it cannot
@@ -133,6 +137,7 @@ def ladder(model: PreTrainedModel, fixed: Mapping[str, Any]) -> list[Rung]:
     Args:
         model: the model on the meta device, not quantised.
         fixed: options by the names that ``prepare`` knows.
+        tokens: of a step; where they are no more than a tile, an MLP is not taken in tiles.
 
     Raises:
         ValueError: an option that is unknown, out of its range, or not for this model.
@@ -141,14 +146,15 @@ def ladder(model: PreTrainedModel, fixed: Mapping[str, Any]) -> list[Rung]:
     # Fastest first. Whoever asks for checkpoints in host memory means to have checkpoints.
     start = {**DEFAULTS, "gradient_checkpointing": bool(fixed.get("offload", False)), **fixed}
     with shapes_only():
-        for option in ("rank", "quantize_embeddings", "offload"):
+        for option in ("rank", "quantize_embeddings", "offload", "tile_mlp"):
             _check(model, option, start)
-        return list(_descend(model, Rung(start, tuple(fixed))))
+        steps = [step for step in STEPS if step.option != "tile_mlp" or tokens > TOKENS]
+        return list(_descend(model, Rung(start, tuple(fixed)), steps))
 
 
-def _descend(model: PreTrainedModel, rung: Rung) -> Iterator[Rung]:
+def _descend(model: PreTrainedModel, rung: Rung, steps: Sequence[Step]) -> Iterator[Rung]:
     yield rung
-    for step in STEPS:
+    for step in steps:
         if step.option in rung.fixed or not _leaner(model, step, rung.settings):
             continue
         settings = {**rung.settings, step.option: step.value}
@@ -169,8 +175,8 @@ def _takes(model: PreTrainedModel, step: Step, settings: Mapping[str, Any]) -> b
     """Whether a model can take a step, and the step can save anything."""
     if step.option == "gradient_checkpointing":
         return bool(model.supports_gradient_checkpointing)
-    if step.option == "offload" and not settings["gradient_checkpointing"]:
-        return False  # all that autograd keeps would travel, far slower than to compute it again
+    if step.option in ("offload", "tile_mlp") and not settings["gradient_checkpointing"]:
+        return False  # all that autograd keeps would travel, and each MLP be computed again
     try:
         _check(model, step.option, settings)
     except ValueError:
@@ -194,6 +200,9 @@ def _check(model: PreTrainedModel, option: str, settings: Mapping[str, Any]) -> 
         if settings[option]:
             offload_checkpoints(model)
             stop_offloading(model)
+    elif option == "tile_mlp":
+        if settings[option]:
+            whole_mlps(tile_mlps(model))
     else:
         try:
             check_targets(model, _config(settings))

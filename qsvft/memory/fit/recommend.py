@@ -144,7 +144,7 @@ def recommend(
     empty = model_without_values(config)
     _check_kind(model_or_config, empty)
     try:
-        rungs = ladder(empty, fixed)
+        rungs = ladder(empty, fixed, seq_len * batch_size)
     except ValueError as error:
         raise ValueError(f"model {name!r}: {one_line(error, name=False)}") from error
     if chunked_loss_obstacle(empty) is not None:  # prepare() leaves such a model its own loss

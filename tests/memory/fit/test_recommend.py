@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, LlamaConfig, ViTConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import qsvft
 from qsvft import QSVFTConfig
@@ -103,7 +104,8 @@ def test_each_rung_gives_up_one_thing_and_takes_fewer_bytes(rungs, peaks):
         assert changed == [below.steps[-1].option]
 
 
-def test_the_ladder_starts_at_the_best_and_ends_with_every_step_taken(rungs):
+def test_the_ladder_starts_at_the_best_and_ends_with_every_step_taken():
+    rungs = ladder(model_without_values(CONFIG), {}, tokens=4096)
     assert rungs[0].settings == {**DEFAULTS, "gradient_checkpointing": False}
     last = {step.option: step.value for step in STEPS}
     assert rungs[-1].settings == {**DEFAULTS, **last}
@@ -127,11 +129,12 @@ def test_the_defaults_are_those_of_prepare(model):
     config, ours = QSVFTConfig(), QSVFTConfig(rank=DEFAULTS["rank"], factor_bits=DEFAULTS["factor_bits"])
     assert (config.rank, config.factor_bits) == (ours.rank, ours.factor_bits) == (128, 8)
     prepared = qsvft.prepare(model).get_base_model()
-    told = {name: DEFAULTS[name] for name in ("gradient_checkpointing", "quantize_embeddings", "offload")}
+    told = {name: DEFAULTS[name] for name in ("gradient_checkpointing", "quantize_embeddings", "offload", "tile_mlp")}
     assert told == {
         "gradient_checkpointing": prepared.model.layers[0].gradient_checkpointing,
         "quantize_embeddings": 8 * prepared.get_input_embeddings().weight.element_size(),
         "offload": hasattr(prepared.model, "qsvft_offload"),
+        "tile_mlp": type(prepared.model.layers[0].mlp) is not LlamaMLP,
     }
 
 
@@ -155,7 +158,7 @@ def test_the_defaults_are_those_of_prepare(model):
     ids=str,
 )
 def test_a_fixed_option_stays_as_it_is_on_every_rung(fixed):
-    rungs = ladder(model_without_values(CONFIG), fixed)
+    rungs = ladder(model_without_values(CONFIG), fixed, tokens=4096)
     largest, bits = (512, 16) if "pattern" in fixed else (128, 8)
     for rung in rungs:
         assert {name: rung.settings[name] for name in fixed} == fixed
@@ -167,10 +170,26 @@ def test_a_fixed_option_stays_as_it_is_on_every_rung(fixed):
         reached = any(step in rung.steps for rung in rungs)
         impossible = {
             "offload": fixed.get("gradient_checkpointing") is False,
+            "tile_mlp": fixed.get("gradient_checkpointing") is False,
             "rank": step.value >= largest,
             "factor_bits": step.value >= bits,
         }
         assert reached is not impossible.get(step.option, False), step
+
+
+@pytest.mark.parametrize(("tokens", "tiled"), [(0, False), (2048, False), (2049, True)])
+def test_mlps_are_taken_in_tiles_where_a_step_has_more_tokens_than_a_tile(tokens, tiled):
+    rungs = ladder(model_without_values(CONFIG), {}, tokens)
+    assert [rung.settings["tile_mlp"] for rung in rungs] == [False, False] + [tiled] * (len(rungs) - 2)
+
+
+def test_tiles_are_what_a_long_sequence_asks_for_before_anything_is_rounded(model):
+    whole, tiled = (
+        qsvft.profile(CONFIG, text, seq_len=8192).rows[0].peak_bytes for text in ("qsvft", "qsvft:tile_mlp=true")
+    )
+    assert tiled < 0.9 * whole
+    found = qsvft.recommend(CONFIG, needed_bytes(tiled) / GIB, seq_len=8192)
+    assert found.fits and found.options == {"tile_mlp": True}
 
 
 def test_offloading_keeps_checkpoints_and_so_needs_them():
@@ -286,11 +305,12 @@ def line(monkeypatch, base, tokens_a_gib):
     ],
 )
 def test_each_change_lets_the_leanest_settings_fit_and_is_the_smallest(
-    monkeypatch, rungs, base, batch_size, seq_len, expected
+    monkeypatch, base, batch_size, seq_len, expected
 ):
     line(monkeypatch, base, 615)
     found = qsvft.recommend(CONFIG, 5, seq_len, batch_size)
-    assert not found.fits and found.options == rungs[-1].options
+    leanest = ladder(model_without_values(CONFIG), {}, seq_len * batch_size)[-1]
+    assert not found.fits and found.options == leanest.options
     assert [name for change in found.changes for name in change] == expected
     assert found.nearest_change == found.changes[0]
     for change in found.changes:
