@@ -380,7 +380,7 @@ PRIVATE_NAMES = [
     ),
     PrivateName(
         "torch.Tensor._version",
-        "lean/deferred_logits.py maths/coefficients.py",
+        "lean/deferred_logits.py lean/offload.py maths/coefficients.py",
         "whether a tensor was changed in place since it was read",
         "a public counter",
     ),

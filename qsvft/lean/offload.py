@@ -1,10 +1,19 @@
 """Checkpoints on the CPU: what a forward keeps for its backward waits in host memory.
 
     forward     layer input --(copy)--> host           device bytes: layers x batch x tokens x width, gone
-    backward    layer input <--(copy)-- host           one layer's input at a time
+    backward    layer input <--(copy)-- host           two layers' inputs at a time: one in use, one ahead
 
 With gradient checkpointing what is kept is each layer's input, 16 MiB a layer for 2048 tokens of width
 4096. Without it whatever autograd keeps of the layers travels, which is far more and far slower.
+
+On CUDA the copies run on a stream of their own, beside what computes, and each is ordered by events:
+
+    forward     copy waits for what was computed; its source is held until the next one is sent or the forward
+                ends, when the computing stream waits for the copy
+    backward    as one is fetched, the one sent before it, which comes next, is copied ahead; whoever fetches it
+                waits for that copy, and for a new one if none was made ahead
+
+Each forward has a list of its own, of weak references: what no graph keeps any more is gone, host memory too.
 
 The module that runs the layers (a model's decoder, say) gets a pair of hooks that put torch's
 ``saved_tensors_hooks`` around its forward. Weights and factors, which matrix products keep too, stay
@@ -13,8 +22,11 @@ where they are, and so does everything small or of whole numbers.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -32,8 +44,8 @@ _ATTRIBUTE = "qsvft_offload"
 def offload_checkpoints(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
     """Keep what the layers' forward saves for the backward in host memory, until :func:`stop_offloading`.
 
-    Gradients stay bitwise the same. On CUDA the copies go through pinned memory, queued on the stream that
-    computes; on a CPU there is nothing to move and nothing is. Calling it again changes ``min_bytes``.
+    Gradients stay bitwise the same. On CUDA the copies go through pinned memory on a stream of their own, in the
+    backward one tensor ahead; on a CPU there is nothing to move and nothing is. Calling it again changes ``min_bytes``.
 
     Args:
         model: a transformers model, with adapters or without.
@@ -41,6 +53,7 @@ def offload_checkpoints(model: nn.Module, min_bytes: int = MIN_BYTES) -> None:
 
     Raises:
         ValueError: the model has no layers that transformers can checkpoint.
+        RuntimeError: later, in a forward: something changed a tensor in place after autograd had saved it.
     """
     callers = list(_callers(model))
     if not callers:
@@ -86,16 +99,28 @@ def _callers(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass
 class _Offloading:
-    """What a module that offloads carries: its threshold, its hooks, and the context of a forward that runs."""
+    """What a module that offloads carries: its threshold, its hooks, and the forwards that run, by thread."""
 
     min_bytes: int
     handles: tuple[RemovableHandle, ...]
-    running: list[saved_tensors_hooks] = field(default_factory=list)
+    running: dict[int, list[tuple[saved_tensors_hooks, _Packer]]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model runs no forward yet."""
+        return {**vars(self), "running": {}}
+
+    def open(self, packer: _Packer) -> None:
+        context = saved_tensors_hooks(packer, _unpack)
+        context.__enter__()
+        self.running.setdefault(threading.get_ident(), []).append((context, packer))
 
     def close(self) -> None:
         """Leave the context, and that of an earlier forward which the keyboard interrupted: no hook is called then."""
-        while self.running:
-            self.running.pop().__exit__(None, None, None)
+        opened = self.running.pop(threading.get_ident(), [])
+        for context, _ in reversed(opened):
+            context.__exit__(None, None, None)
+        for _, packer in opened:
+            packer.release()
 
 
 # Functions of the module alone: a bound method would close a reference cycle through the module, and
@@ -103,9 +128,7 @@ class _Offloading:
 def _enter(module: nn.Module, _: Any) -> None:
     offloading: _Offloading = vars(module)[_ATTRIBUTE]
     if torch.is_grad_enabled():
-        context = saved_tensors_hooks(_Packer(module, offloading.min_bytes), _unpack)
-        context.__enter__()
-        offloading.running.append(context)
+        offloading.open(_Packer(module, offloading.min_bytes))
 
 
 def _leave(module: nn.Module, *_: Any) -> None:
@@ -113,15 +136,32 @@ def _leave(module: nn.Module, *_: Any) -> None:
 
 
 class _Packer:
-    """Decides which saved tensors travel, and sends them."""
+    """Decides which saved tensors of a forward travel, sends them, and holds the last until its copy is waited for."""
 
     def __init__(self, module: nn.Module, min_bytes: int) -> None:
         self.min_bytes = min_bytes
+        self.module = type(module).__name__
         # Storages: what a product keeps of a weight is a view of it.
         self.held = {id(t.untyped_storage()) for t in chain(module.parameters(), module.buffers())}
+        self.order = _Order()
+        self.leaving: tuple[_Transfer, int] | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor | _Away:
-        return _Away(tensor) if self._travels(tensor) else tensor
+        if not self._travels(tensor):
+            return tensor
+        self.release()
+        away = _Away(tensor, self.order)
+        self.leaving = away.leave(tensor), tensor._version
+        return away
+
+    def release(self) -> None:
+        """Drop the tensor that was sent last, after the computing stream was told to wait for its copy."""
+        leaving, self.leaving = self.leaving, None
+        if leaving is not None and leaving[0].wait()._version != leaving[1]:
+            raise RuntimeError(
+                f"{self.module}: found a tensor changed in place after autograd had saved it, while it was copied to "
+                "host memory; expected it unchanged, as torch does without offloading. Change a copy of it instead."
+            )
 
     def _travels(self, tensor: Tensor) -> bool:
         if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.device.type in _HOSTS:
@@ -139,27 +179,137 @@ def _fills_its_memory(tensor: Tensor) -> bool:
     return tensor.permute(by_stride).is_contiguous()
 
 
-class _Away:
-    """A tensor that waits in host memory; of one without values (meta) only the shape is kept."""
+class _Order:
+    """What one forward sent away, in order: its backward needs the last first."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.sent: list[weakref.ref[_Away]] = []
+        self.ahead: weakref.ref[_Away] | None = None
+
+    def next_after(self, away: _Away) -> _Away | None:
+        """The one to copy ahead when ``away`` is fetched, if none is ahead already: never more than one.
+
+        It was sent before and was fetched less often: a node fetches what it saved first to last.
+        """
+        ahead = self.ahead and self.ahead()
+        if ahead and ahead.transfer:
+            return None
+        for reference in reversed(self.sent[: away.place]):
+            earlier = reference()
+            if earlier and earlier.fetched < away.fetched:
+                self.ahead = reference
+                return earlier
+        return None
+
+
+class _Away:
+    """A tensor that waits in host memory; of one without values (meta) only the shape is kept.
+
+    Pinned memory may be dropped while a copy is under way: with each ``non_blocking`` copy torch notes the stream it
+    was queued on (``record_event`` in ATen's cuda/Copy.cu), and its host allocator gives a dropped block out again
+    only after an event on that stream.
+    """
+
+    def __init__(self, tensor: Tensor, order: _Order) -> None:
         self.device, self.dtype = tensor.device, tensor.dtype
         self.size, self.stride = tensor.size(), tensor.stride()
-        self.pinned = tensor.is_cuda
-        self.host = None if tensor.is_meta else self._copy(tensor)
+        self.copies = _copies(tensor.device)  # there and back on one stream, which keeps their order
+        # The device is named: torch's default device may be the card.
+        self.host = None if tensor.is_meta else self._empty(torch.device("cpu"), pinned=tensor.is_cuda)
+        self.order, self.place = order, len(order.sent)
+        order.sent.append(weakref.ref(self))
+        self.transfer: _Transfer | None = None
+        self.fetched = 0
 
-    def _copy(self, tensor: Tensor) -> Tensor:
-        with torch.no_grad():
-            # The device is named: torch's default device may be the card.
-            host = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="cpu", pin_memory=self.pinned)
-            return host.copy_(tensor, non_blocking=self.pinned)
+    def _empty(self, device: torch.device, pinned: bool = False) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device, pin_memory=pinned)
+
+    def leave(self, tensor: Tensor) -> _Transfer:
+        """Copy the tensor to the host. Detached, so that its graph is not held with it."""
+        tensor = tensor.detach()
+        return _Transfer(self.copies, tensor, self.host, tensor)
+
+    def _come_back(self) -> _Transfer:
+        tensor = self._empty(self.device)
+        return _Transfer(self.copies, tensor, tensor, self.host)
 
     def fetch(self) -> Tensor:
-        """The tensor on its device again, with its strides."""
-        with torch.no_grad():
-            tensor = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-            return tensor if self.host is None else tensor.copy_(self.host, non_blocking=self.pinned)
+        """The tensor on its device again, with its strides; the one that the backward needs next is sent for."""
+        with self.order.lock, torch.no_grad():
+            transfer, self.transfer = self.transfer, None
+            # On another stream the memory could be given out again while that one still reads.
+            if transfer is None or transfer.computing != self.copies.computing():
+                transfer = self._come_back()
+            tensor = transfer.wait()
+            self.fetched += 1
+            following = self.order.next_after(self)
+            if following is not None:
+                following.transfer = following._come_back()
+            return tensor
 
 
 def _unpack(packed: Tensor | _Away) -> Tensor:
     return packed.fetch() if isinstance(packed, _Away) else packed
+
+
+class _Transfer:
+    """A copy under way, and the tensor on the device that it reads or writes.
+
+    A tensor's memory is given out again, to the stream that it was allocated on, as soon as nobody holds it. So it is
+    held here until that stream was told to wait for the copy, whoever lets go of this, and whenever.
+    """
+
+    def __init__(
+        self, copies: _CopyStream | _CopiesAtOnce, tensor: Tensor, target: Tensor | None, source: Tensor | None
+    ) -> None:
+        self.tensor = tensor
+        self.done: torch.cuda.Event | None = None
+        self.computing = copies.computing()
+        if target is not None and source is not None:
+            self.done = copies.copy(target, source)
+
+    def wait(self) -> Tensor:
+        """The tensor, for use on the stream that computes."""
+        done, self.done = self.done, None
+        if done is not None:
+            done.wait(self.computing)
+        return self.tensor
+
+    def __del__(self) -> None:
+        self.wait()
+
+
+class _CopyStream:
+    """The stream of a CUDA device on which nothing but these copies run, one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def computing(self) -> torch.cuda.Stream | None:
+        """The stream that computes: what is allocated now is allocated on it."""
+        return torch.cuda.current_stream(self.device)
+
+    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+        """Copy after all that the computing stream has been given so far; the event says when it is done."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            target.copy_(source, non_blocking=True)
+        return self.stream.record_event()
+
+
+class _CopiesAtOnce:
+    """Devices other than CUDA: a copy is done when it returns."""
+
+    def computing(self) -> None:
+        return None
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.no_grad():
+            target.copy_(source)
+
+
+@cache
+def _copies(device: torch.device) -> _CopyStream | _CopiesAtOnce:
+    return _CopyStream(device) if device.type == "cuda" else _CopiesAtOnce()
