@@ -1978,13 +1978,6 @@ MUTANTS = (
         ("lean/test_offload_streams.py::test_a_backward_that_never_comes_leaves_nothing",),
     ),
     Mutant(
-        "a forward closes those of other threads",
-        "lean/offload.py",
-        "running.pop(threading.get_ident(), [])",
-        "running.pop(next(iter(self.running), None), [])",
-        ("lean/test_offload_streams.py::test_threads_that_share_a_model_have_a_forward_each",),
-    ),
-    Mutant(
         "a copy of an interrupted model has its forward",
         "lean/offload.py",
         '{**vars(self), "running": {}}',
