@@ -1887,7 +1887,7 @@ MUTANTS = (
     ),
     Mutant(
         "offloaded to the default device",
-        "lean/offload.py",
+        "lean/host_memory.py",
         'self._empty(torch.device("cpu"), ',
         "self._empty(torch.get_default_device(), ",
         ("lean/test_offload.py::test_the_host_s_copy_is_on_the_cpu_whatever_the_default_device_is",),
@@ -1901,7 +1901,7 @@ MUTANTS = (
     ),
     Mutant(
         "a checkpoint's memory is given back while it is copied",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "        self.wait()\n",
         "        pass\n",
         ("lean/test_offload_streams.py::test_a_tensor_ahead_that_nobody_fetches_is_given_back_after_its_copy",),
@@ -1924,14 +1924,14 @@ MUTANTS = (
     ),
     Mutant(
         "a checkpoint is used before its copy is done",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "            tensor = transfer.wait()\n",
         "            tensor = transfer.tensor\n",
         ("lean/test_offload_streams.py::test_each_tensor_is_copied_back_once_and_one_ahead_of_its_use",),
     ),
     Mutant(
         "a checkpoint copied ahead is used on another stream",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "transfer is None or transfer.computing != self.copies.computing()",
         "transfer is None",
         (
@@ -1940,21 +1940,21 @@ MUTANTS = (
     ),
     Mutant(
         "the first checkpoint is copied ahead, not the next",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "reversed(self.sent[: away.place])",
         "self.sent[: away.place]",
         ("lean/test_offload_streams.py::test_each_tensor_is_copied_back_once_and_one_ahead_of_its_use",),
     ),
     Mutant(
         "no checkpoint is copied ahead",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "            if following is not None:\n",
         "            if False:\n",
         ("lean/test_offload_streams.py::test_each_tensor_is_copied_back_once_and_one_ahead_of_its_use",),
     ),
     Mutant(
         "several checkpoints are copied ahead",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "        if ahead and ahead.transfer:\n",
         "        if False:\n",
         (
@@ -1963,7 +1963,7 @@ MUTANTS = (
     ),
     Mutant(
         "checkpoints that were fetched are copied ahead again",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "earlier.fetched < away.fetched",
         "earlier.fetched <= away.fetched",
         (
@@ -1972,7 +1972,7 @@ MUTANTS = (
     ),
     Mutant(
         "all checkpoints stay until the last is dropped",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "order.sent.append(weakref.ref(self))",
         "order.sent.append(lambda: self)",
         ("lean/test_offload_streams.py::test_a_backward_that_never_comes_leaves_nothing",),
@@ -1986,23 +1986,23 @@ MUTANTS = (
     ),
     Mutant(
         "checkpoints are copied before they are computed",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "        self.stream.wait_stream(torch.cuda.current_stream(self.device))\n",
         "",
         ("lean/test_offload_streams.py::test_on_cuda_a_copy_waits_for_what_computes_and_runs_beside_it",),
     ),
     Mutant(
         "checkpoints are copied on the computing stream",
-        "lean/offload.py",
+        "lean/host_memory.py",
         "with torch.cuda.stream(self.stream), torch.no_grad():",
         "with torch.no_grad():",
         ("lean/test_offload_streams.py::test_on_cuda_a_copy_waits_for_what_computes_and_runs_beside_it",),
     ),
     Mutant(
         "a stream for each checkpoint",
-        "lean/offload.py",
-        "@cache\ndef _copies",
-        "def _copies",
+        "lean/host_memory.py",
+        "@cache\ndef copies_on",
+        "def copies_on",
         ("lean/test_offload_streams.py::test_on_cuda_a_copy_waits_for_what_computes_and_runs_beside_it",),
     ),
     Mutant(

@@ -5,7 +5,7 @@ import torch
 from small_models import load, randomize, same_tensors, tokens
 
 import qsvft
-from qsvft.lean import offload
+from qsvft.lean import host_memory, offload
 from qsvft.lean.offload import offload_checkpoints
 
 DEVICE = "cuda"
@@ -20,7 +20,7 @@ pytestmark = [
 @pytest.fixture(params=[False, True], ids=["at full speed", "late"])
 def late(request, monkeypatch):
     """Whether copies come so late that whatever does not wait for them is wrong."""
-    copy = offload._CopyStream.copy
+    copy = host_memory.CopyStream.copy
 
     def sleep_and_copy(self, target, source):
         with torch.cuda.stream(self.stream):
@@ -28,7 +28,7 @@ def late(request, monkeypatch):
         return copy(self, target, source)
 
     if request.param:
-        monkeypatch.setattr(offload._CopyStream, "copy", sleep_and_copy)
+        monkeypatch.setattr(host_memory.CopyStream, "copy", sleep_and_copy)
 
 
 def prepared(llama, **options):
@@ -92,7 +92,7 @@ def test_memory_that_is_taken_again_at_once_is_never_that_of_a_copy_under_way():
         torch.full((2**20,), -1.0, device=DEVICE)
     packer.release()
     for number in reversed(range(8)):
-        tensor = offload._unpack(packed.pop())
+        tensor = host_memory.unpack(packed.pop())
         torch.full((2**20,), -1.0, device=DEVICE)
         assert bool((tensor == number).all())
         del tensor
@@ -103,7 +103,7 @@ def test_a_graph_that_is_dropped_with_a_copy_under_way_spoils_nothing():
     packer = offload._Packer(torch.nn.Identity(), 0)
     packed = [packer(torch.full((2**20,), float(number), device=DEVICE)) for number in range(3)]
     packer.release()
-    offload._unpack(packed[2])
+    host_memory.unpack(packed[2])
     packed.clear()
     others = [torch.full((2**20,), -1.0, device=DEVICE) for _ in range(4)]
     torch.cuda.synchronize()
@@ -118,7 +118,7 @@ def test_two_tensors_at_most_are_on_the_card():
     packer.release()
     assert torch.cuda.memory_allocated() == before
     while packed:
-        tensor = offload._unpack(packed.pop())
+        tensor = host_memory.unpack(packed.pop())
         assert torch.cuda.memory_allocated() - before == (2 if packed else 1) * 2**22
         del tensor
     assert torch.cuda.memory_allocated() == before

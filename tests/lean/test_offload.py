@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
 import qsvft
-from qsvft.lean import offload
+from qsvft.lean import host_memory, offload
 from qsvft.lean.offload import MIN_BYTES, offload_checkpoints, stop_offloading
 from qsvft.memory.ledger import rounded
 from qsvft.memory.methods import parse_method
@@ -29,12 +29,12 @@ def travelled(monkeypatch):
     """Tensors travel on a CPU too; a list of (shape, dtype, storage) of those that did."""
     seen = []
 
-    class Away(offload._Away):
+    class Away(host_memory.Away):
         def leave(self, tensor):
             seen.append((tuple(tensor.shape), tensor.dtype, tensor.untyped_storage()._cdata))
             return super().leave(tensor)
 
-    monkeypatch.setattr(offload, "_Away", Away)
+    monkeypatch.setattr(offload, "Away", Away)
     monkeypatch.setattr(offload, "_HOSTS", ())
     return seen
 
@@ -114,7 +114,7 @@ def test_a_view_of_something_larger_stays_and_strides_are_kept(travelled):
     ):
         assert packer(stays) is stays
     for travels in (whole, whole.transpose(0, 2), whole.permute(1, 2, 0), whole[:, None]):
-        back = offload._unpack(packer(travels))
+        back = host_memory.unpack(packer(travels))
         assert back.data_ptr() != whole.data_ptr()
         assert back.stride() == travels.stride() and torch.equal(back, travels)
 
@@ -122,7 +122,7 @@ def test_a_view_of_something_larger_stays_and_strides_are_kept(travelled):
 def test_the_host_s_copy_is_on_the_cpu_whatever_the_default_device_is():
     tensor = torch.randn(4, 6).t()
     with torch.device("meta"):
-        away = offload._Away(tensor, offload._Order())
+        away = host_memory.Away(tensor, host_memory.Order())
         away.leave(tensor)
     assert away.host.device.type == "cpu"
     assert torch.equal(away.fetch(), tensor) and away.fetch().stride() == tensor.stride()
@@ -139,7 +139,7 @@ def test_tensors_below_the_threshold_stay(llama, travelled):
 
 
 def test_on_a_cpu_nothing_moves(llama, monkeypatch):
-    monkeypatch.setattr(offload._Away, "__init__", None)  # would fail if one were made
+    monkeypatch.setattr(host_memory.Away, "__init__", None)  # would fail if one were made
     model = prepared(llama)
     expected = gradients(model)
     offload_checkpoints(model, min_bytes=0)

@@ -13,7 +13,7 @@ from small_models import load, randomize, same_tensors, tokens
 from torch import nn
 
 import qsvft
-from qsvft.lean import offload
+from qsvft.lean import host_memory, offload
 from qsvft.lean.offload import offload_checkpoints
 from qsvft.memory.methods import parse_method
 from qsvft.memory.presets import model_config
@@ -84,7 +84,7 @@ class Late:
 def late(monkeypatch):
     copies = LateCopies()
     monkeypatch.setattr(offload, "_HOSTS", ())
-    monkeypatch.setattr(offload, "_copies", lambda device: copies)
+    monkeypatch.setattr(host_memory, "copies_on", lambda device: copies)
     yield copies
     copies.run()
     assert not copies.faults
@@ -142,7 +142,7 @@ def test_a_packer_that_is_dropped_waits_for_the_copy_under_way(late):
     packed = packer(torch.ones(3))
     del packer
     assert late.log == [("out", 0), ("wait", "out", 0, "computing")] and late.on_device() == 0
-    assert torch.equal(offload._unpack(packed), torch.ones(3))
+    assert torch.equal(host_memory.unpack(packed), torch.ones(3))
 
 
 def test_each_tensor_is_copied_back_once_and_one_ahead_of_its_use(late):
@@ -150,7 +150,7 @@ def test_each_tensor_is_copied_back_once_and_one_ahead_of_its_use(late):
     late.log.clear()
     steps = []
     for tensor in reversed(expected):
-        assert torch.equal(offload._unpack(packed.pop()), tensor)
+        assert torch.equal(host_memory.unpack(packed.pop()), tensor)
         steps.append(late.log[:])
         late.log.clear()
     waits = [("wait", "in", number, "computing") for number in range(4)]
@@ -161,7 +161,7 @@ def test_each_tensor_is_copied_back_once_and_one_ahead_of_its_use(late):
 def test_two_tensors_at_most_are_on_the_device(late):
     _, packed = sent(6)
     while packed:
-        tensor = offload._unpack(packed.pop())
+        tensor = host_memory.unpack(packed.pop())
         assert late.on_device() == 1 + bool(packed)
         del tensor
 
@@ -172,7 +172,7 @@ def test_in_any_order_and_any_number_of_times_the_bytes_are_right_and_at_most_on
     expected, packed = sent(6)
     for _ in range(30):
         number = generator.randrange(6)
-        assert torch.equal(offload._unpack(packed[number]), expected[number])
+        assert torch.equal(host_memory.unpack(packed[number]), expected[number])
         assert late.on_device() <= 1
         if generator.random() < 0.1:
             packed[number], expected[number] = sent(1)[1][0], None
@@ -185,7 +185,7 @@ def test_what_a_node_saved_together_is_fetched_first_to_last_and_nothing_is_copi
     late.log.clear()
     for first in (4, 2, 0):  # each node saved two
         for number in (first, first + 1):
-            assert torch.equal(offload._unpack(packed[number]), expected[number])
+            assert torch.equal(host_memory.unpack(packed[number]), expected[number])
     assert sorted(entry[1] for entry in late.log if entry[0] == "in") == list(range(6))
 
 
@@ -194,14 +194,14 @@ def test_a_second_backward_is_ahead_as_the_first_was(late):
     for _ in range(3):
         late.log.clear()
         for number in (2, 1, 0):
-            assert torch.equal(offload._unpack(packed[number]), expected[number])
+            assert torch.equal(host_memory.unpack(packed[number]), expected[number])
         assert [entry[1] for entry in late.log if entry[0] == "in"] == [2, 1, 0]
         assert late.log[2] == ("in", 1)
 
 
 def test_a_backward_that_never_comes_leaves_nothing(late):
     _, packed = sent(4)
-    offload._unpack(packed[3])
+    host_memory.unpack(packed[3])
     assert late.on_device() == 1  # number 2, ahead
     hosts = [weakref.ref(away.host) for away in packed]
     late.run()
@@ -219,7 +219,7 @@ def test_a_backward_that_never_comes_leaves_nothing(late):
 
 def test_a_tensor_ahead_that_nobody_fetches_is_given_back_after_its_copy(late):
     _, packed = sent(2)
-    offload._unpack(packed[1])
+    host_memory.unpack(packed[1])
     late.log.clear()
     packed.clear()
     assert late.log == [("wait", "in", 0, "computing")] and late.on_device() == 0
@@ -227,20 +227,20 @@ def test_a_tensor_ahead_that_nobody_fetches_is_given_back_after_its_copy(late):
 
 def test_on_another_stream_than_the_one_it_was_allocated_on_a_tensor_is_copied_anew(late):
     expected, packed = sent(2)
-    offload._unpack(packed[1])
+    host_memory.unpack(packed[1])
     late.log.clear()
     late.stream = "another"
-    assert torch.equal(offload._unpack(packed[0]), expected[0])
+    assert torch.equal(host_memory.unpack(packed[0]), expected[0])
     assert late.log == [("in", 0), ("wait", "in", 0, "computing"), ("wait", "in", 0, "another")]
 
 
 def test_each_forward_has_an_order_of_its_own(late):
     first, second = sent(2), sent(2)
     late.log.clear()
-    assert torch.equal(offload._unpack(first[1][1]), first[0][1])
-    assert torch.equal(offload._unpack(second[1][1]), second[0][1])
-    assert torch.equal(offload._unpack(first[1][0]), first[0][0])
-    assert torch.equal(offload._unpack(second[1][0]), second[0][0])
+    assert torch.equal(host_memory.unpack(first[1][1]), first[0][1])
+    assert torch.equal(host_memory.unpack(second[1][1]), second[0][1])
+    assert torch.equal(host_memory.unpack(first[1][0]), first[0][0])
+    assert torch.equal(host_memory.unpack(second[1][0]), second[0][0])
     assert [entry[1] for entry in late.log if entry[0] == "in"] == [1, 0, 3, 2]
 
 
@@ -283,7 +283,7 @@ def test_on_cuda_a_copy_waits_for_what_computes_and_runs_beside_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"computing on {device}")
     monkeypatch.setattr(torch.cuda, "stream", On)
-    copies = offload._CopyStream(torch.device("cuda", 1))
+    copies = host_memory.CopyStream(torch.device("cuda", 1))
     assert copies.computing() == "computing on cuda:1"
     assert copies.copy(target, "source") == "the event"
     assert log == [
@@ -293,11 +293,11 @@ def test_on_cuda_a_copy_waits_for_what_computes_and_runs_beside_it(monkeypatch):
         "off",
         "event",
     ]
-    offload._copies.cache_clear()
-    assert offload._copies(torch.device("cuda", 1)) is offload._copies(torch.device("cuda", 1))
-    assert offload._copies(torch.device("cuda", 0)) is not offload._copies(torch.device("cuda", 1))
-    assert isinstance(offload._copies(torch.device("meta")), offload._CopiesAtOnce)
-    offload._copies.cache_clear()
+    host_memory.copies_on.cache_clear()
+    assert host_memory.copies_on(torch.device("cuda", 1)) is host_memory.copies_on(torch.device("cuda", 1))
+    assert host_memory.copies_on(torch.device("cuda", 0)) is not host_memory.copies_on(torch.device("cuda", 1))
+    assert isinstance(host_memory.copies_on(torch.device("meta")), host_memory.CopiesAtOnce)
+    host_memory.copies_on.cache_clear()
 
 
 # A model
@@ -429,9 +429,9 @@ def test_the_ledger_counts_one_checkpoint_more_in_the_backward_and_none_in_the_f
     for ahead in (False, True):
         with monkeypatch.context() as patch:
             if not ahead:  # and none held
-                nothing = offload._Transfer(offload._CopiesAtOnce(), torch.empty(0), None, None)
-                patch.setattr(offload._Order, "next_after", lambda *_: None)
-                patch.setattr(offload._Away, "leave", lambda *_, nothing=nothing: nothing)
+                nothing = host_memory.Transfer(host_memory.CopiesAtOnce(), torch.empty(0), None, None)
+                patch.setattr(host_memory.Order, "next_after", lambda *_: None)
+                patch.setattr(host_memory.Away, "leave", lambda *_, nothing=nothing: nothing)
             scenario = Scenario(config, parse_method("floor"), True, "adamw", "meta")
             offload_checkpoints(scenario.model, min_bytes=checkpoint)
             peaks.append(scenario.count(batch, length)[0].peaks())
