@@ -46,7 +46,7 @@ OTHERS = (
 """Its other rows, if there is time."""
 
 FACTORED = ("qsvft", "svft", "svft-authors")
-"""Methods whose singular vectors are replaced by random numbers: see steps.random_factors."""
+"""Methods whose singular vectors are replaced by random numbers: see random_factors.py."""
 
 
 @dataclass(frozen=True)

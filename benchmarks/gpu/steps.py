@@ -7,13 +7,13 @@ tensors stands in for the allocator, to try the suite's own code.
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from statistics import quantiles
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from cases import BATCH_SIZE, FACTORED, Plan
@@ -21,15 +21,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from qsvft.lean.checkpointing import enable_checkpointing
-from qsvft.maths.decomposition import Decomposition
 from qsvft.memory.cards import CONTEXT_BYTES
 from qsvft.memory.methods import Method
 from qsvft.memory.profiler import LENGTH_STEP
 from qsvft.memory.scenario import Scenario
 from qsvft.memory.step import make_optimizer
-from qsvft.storage import factors
-from qsvft.tuner import layer as adapted
-from qsvft.tuner.probe import SIZE
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from random_factors import random_factors
 
 CHECKPOINTING = True
 OPTIMIZER = "adamw"
@@ -47,51 +46,6 @@ def build(config: PretrainedConfig, method: Method, device: str) -> Scenario:
 def factors_of(method: Method) -> str:
     """Where a method's singular vectors come from here, for the result rows."""
     return "random" if method.name in FACTORED else "none"
-
-
-@contextmanager
-def random_factors() -> Iterator[None]:
-    """Put random numbers of the right shape and dtype in place of singular vectors.
-
-    Decomposing the 224 matrices of a 7B model takes longer than measuring it, and neither the bytes nor
-    the time of a step depend on the values. The probe and the digest of the base, which would check the
-    decomposition, are left out with it.
-    """
-    with (
-        patch.object(factors, "decompose", _random_decomposition),
-        patch.object(adapted, "measured_scale", _no_scale),
-        patch.object(adapted, "weight_digest", lambda _: bytes(32)),
-        patch.object(adapted.QSVFTLinear, "compute_probe", _no_probe),
-        patch.object(torch.linalg, "svd", _random_svd),
-    ):
-        yield
-
-
-def _random(like: Tensor, *shape: int) -> Tensor:
-    """Numbers of the size that entries of singular vectors have."""
-    return torch.randn(shape, device=like.device, dtype=torch.bfloat16).mul_(shape[-1] ** -0.5)
-
-
-def _random_decomposition(weight: Tensor, rank: int, sides: Any, method: Any) -> Decomposition:
-    m, n = weight.shape
-    needs_u, needs_v = factors.needed_sides(sides, weight.shape)
-    U = _random(weight, rank, m) if needs_u else None
-    V = _random(weight, rank, n) if needs_v else None
-    return Decomposition(U, torch.ones(rank, device=weight.device), V)
-
-
-def _no_scale(weight: Tensor, basis: Any, side: str, rank: int) -> tuple[Tensor, Tensor]:
-    return torch.ones(rank, device=weight.device), torch.ones((), device=weight.device)
-
-
-def _no_probe(layer: adapted.QSVFTLinear, adapter: str, weight: Tensor) -> Tensor:
-    return torch.zeros(SIZE, device=weight.device)
-
-
-def _random_svd(weight: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    (m, n), k = weight.shape, min(weight.shape)
-    s = torch.ones(k, device=weight.device, dtype=torch.bfloat16)
-    return _random(weight, m, k), s, _random(weight, k, n)
 
 
 class Stepper:
