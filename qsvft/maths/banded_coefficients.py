@@ -37,40 +37,33 @@ def _whole_rows(rank: int, off_diagonals: int) -> tuple[int, int]:
     return first, max(first, rank - off_diagonals)
 
 
+def _stretches(rank: int, off_diagonals: int) -> list[int]:
+    """How long the stretches of a flat band are that lie outside of the matrix and inside of it, in turns."""
+    first, last = _whole_rows(rank, off_diagonals)
+    width, lengths = 2 * off_diagonals + 1, [0]
+    for row in (*range(first), None, *range(last, rank)):
+        left, right = (0, 0) if row is None else _holes(row, rank, off_diagonals)
+        lengths[-1] += left
+        lengths += [(last - first) * width if row is None else width - left - right, right]
+    return lengths
+
+
 def band_from_values(values: Tensor, rank: int, off_diagonals: int) -> Tensor:
     """Lay the entries (row-major, 1-D) out as a band (k, 2d+1): band[i, t] = M[i, i + t - d].
 
     Places outside the matrix hold zero. Built by one concatenation, so that it works under
     torch.compile and on meta tensors.
     """
-    d, width = off_diagonals, 2 * off_diagonals + 1
-    first, last = _whole_rows(rank, d)
-    zeros = values.new_zeros(d)
-    pieces, start = [], 0
-    for row in (*range(first), None, *range(last, rank)):
-        if row is None:
-            left = right = 0
-            stop = start + (last - first) * width
-        else:
-            left, right = _holes(row, rank, d)
-            stop = start + width - left - right
-        pieces += [zeros[:left], values[start:stop], zeros[:right]]
-        start = stop
-    return torch.cat(pieces).view(rank, width)
+    lengths = _stretches(rank, off_diagonals)
+    outside, inside = lengths[::2], lengths[1::2]
+    zeros = values.new_zeros(sum(outside)).split(outside)
+    pieces = [piece for pair in zip(zeros, values.split(inside), strict=False) for piece in pair]
+    return torch.cat([*pieces, zeros[-1]]).view(rank, -1)
 
 
 def values_from_band(band: Tensor, off_diagonals: int) -> Tensor:
     """The inverse of :func:`band_from_values`: drop the places outside the matrix."""
-    rank, width = band.shape
-    first, last = _whole_rows(rank, off_diagonals)
-    pieces = []
-    for row in (*range(first), None, *range(last, rank)):
-        if row is None:
-            pieces.append(band[first:last].reshape(-1))
-        else:
-            left, right = _holes(row, rank, off_diagonals)
-            pieces.append(band[row, left : width - right])
-    return torch.cat(pieces)
+    return torch.cat(band.reshape(-1).split(_stretches(band.shape[0], off_diagonals))[1::2])
 
 
 def _block_size(off_diagonals: int) -> int:
@@ -119,16 +112,22 @@ def _blocked(g: Tensor, off_diagonals: int) -> Tensor:
     tokens, rank = g.shape
     block = _block_size(off_diagonals)
     count = -(-rank // block)
-    return F.pad(g, (0, count * block - rank)).view(tokens, count, block).transpose(0, 1).contiguous()
+    missing = count * block - rank
+    whole = F.pad(g, (0, missing)) if missing else g  # padding by nothing would copy
+    return whole.reshape(tokens, count, block).transpose(0, 1).contiguous()
 
 
 def _banded_product(h: Tensor, band: Tensor, off_diagonals: int) -> Tensor:
     blocks = _dense_blocks(band, off_diagonals).transpose(1, 2)
+    count, block = blocks.shape[0], blocks.shape[2]
     out = torch.empty_like(h, memory_format=torch.contiguous_format)
     for start in range(0, h.shape[0], TOKENS):
-        rows = h[start : start + TOKENS]
+        rows, target = h[start : start + TOKENS], out[start : start + TOKENS]
         product = torch.bmm(_windows(rows, off_diagonals), blocks).transpose(0, 1)
-        out[start : start + TOKENS] = product.reshape(rows.shape[0], -1)[:, : h.shape[1]]
+        if count * block == h.shape[1]:  # whole blocks, which go to their places in one copy
+            target.view(product.shape).copy_(product)
+        else:
+            target.copy_(product.reshape(rows.shape[0], -1)[:, : h.shape[1]])
     return out
 
 
