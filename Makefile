@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # mkdocs-material's notice about a release of MkDocs that constraints.txt does not take.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs pictures mutants peft-suite attacks fuzz kills bases test-floor clean
+.PHONY: demo test lint types unit elsewhere test-elsewhere memory memory-update docs bench pictures mutants peft-suite attacks fuzz kills bases test-floor clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/finetune.py
@@ -42,6 +42,10 @@ memory: $(VENV)/installed
 
 memory-update: $(VENV)/installed
 	$(BIN)/python -W ignore benchmarks/memory/gate.py --update
+
+# Times of layers and steps, their floors and how they grow: two minutes on two cores. Let nothing else run meanwhile.
+bench: $(VENV)/installed
+	$(BIN)/python -W ignore benchmarks/speed/run.py --short
 
 docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict

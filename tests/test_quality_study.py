@@ -301,7 +301,7 @@ def test_costs_are_bytes_by_the_ledger_and_times_in_units_of_qloras(monkeypatch,
         monkeypatch.setitem(costs.SHAPES, name, costs.Shapes(figure, 32, small))
     names = ("one-sided d=8", "tried: input/output, dense k=96", "full fine-tuning")
     monkeypatch.setitem(studies.STUDIES, "toy", [job("gsm8k", name) for name in names])
-    told = ["--out", str(tmp_path / "costs.json"), "--rounds", "2"]
+    told = ["--out", str(tmp_path / "costs.json"), "--rounds", "3"]
     costs.main(["--study", "toy", *told])
     monkeypatch.setitem(studies.STUDIES, "toy", [job("gsm8k", names[0])])
     costs.main(["--study", "toy", *told, "--shapes", "llama-3-8b"])

@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +32,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qsvft
 from qsvft.lean.checkpointing import enable_checkpointing
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
+from clock import interleaved, ratios
 
 UNIT = "LoRA r=16"
 VOCABULARY = 8192
@@ -131,18 +135,9 @@ def stepper(method: Method, shapes: Shapes) -> Any:
 def times(methods: Sequence[Method], rounds: int, shapes: Shapes = NARROW) -> dict[str, float]:
     """The time of a step in units of the first method's."""
     steps = {method.name: stepper(method, shapes) for method in methods}
-    for step in steps.values():
-        step()
-    ratios: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in track(range(rounds), description="timing", console=Console(stderr=True)):
-        found = {}
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            found[name] = time.perf_counter() - started
-        for name, taken in found.items():
-            ratios[name].append(taken / found[methods[0].name])
-    return {name: median(values) for name, values in ratios.items()}
+    progress = partial(track, description="timing", console=Console(stderr=True))
+    found = ratios(interleaved(steps, rounds, progress=progress), methods[0].name)
+    return {name: median(values) for name, values in found.items()}
 
 
 def peaks(methods: Sequence[Method]) -> dict[str, float]:

@@ -15,13 +15,25 @@ from .step import count_on
 
 
 class Scenario:
-    """A method's model on a device ("meta", "cpu" or "cuda"), random weights where there are any."""
+    """A method's model on a device ("meta", "cpu" or "cuda"), random weights where there are any.
+
+    Args:
+        base: a frozen bf16 model to build it on in place of one made from the config; it is changed in place.
+    """
 
     def __init__(
-        self, config: PretrainedConfig, method: Method, checkpointing: bool, optimizer: str, device: str
+        self,
+        config: PretrainedConfig,
+        method: Method,
+        checkpointing: bool,
+        optimizer: str,
+        device: str,
+        base: PreTrainedModel | None = None,
     ) -> None:
         config = copy.deepcopy(config)
-        self.base = model_without_values(config) if device == "meta" else random_model(config, device)
+        if base is None:
+            base = model_without_values(config) if device == "meta" else random_model(config, device)
+        self.base = base
         self.model = build(method, self.base)
         self.head = self.base.get_output_embeddings()
         self.checkpointing, self.optimizer = checkpointing, optimizer
