@@ -66,6 +66,34 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "what a band's gradient reads is padded, and with it copied, where nothing is missing",
+        "maths/banded_coefficients.py",
+        "    whole = F.pad(g, (0, missing)) if missing else g",
+        "    whole = torch.cat([g, g.new_zeros(tokens, missing)], dim=1).clone()",
+        ("tuner/test_operator_counts.py",),
+    ),
+    Mutant(
+        "what a band's blocks give is copied twice",
+        "maths/banded_coefficients.py",
+        "        if count * block == h.shape[1]:",
+        "        if False:",
+        ("tuner/test_operator_counts.py",),
+    ),
+    Mutant(
+        "a dense M is cast twice for a product",
+        "maths/dense_update.py",
+        '        N = scaled(values.view(h.shape[1], -1), scale, "rows").to(h.dtype)\n        ctx.save',
+        '        N = scaled(values.view(h.shape[1], -1), scale, "rows").half().to(h.dtype)\n        ctx.save',
+        ("tuner/test_operator_counts.py",),
+    ),
+    Mutant(
+        "a layer looks at M from the host in every forward",
+        "tuner/layer.py",
+        "        if adapter not in self._verified:\n            self.verify(adapter)",
+        "        self.verify(adapter)",
+        ("tuner/test_operator_counts.py",),
+    ),
+    Mutant(
         "what a class has before its classifier is not trained",
         "tuner/tasks.py",
         "        if more := [head for head in new_heads(model) if head not in by_peft]:",
@@ -2544,9 +2572,10 @@ def run(mutant: Mutant | None, tests: tuple[str, ...]) -> Outcome:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qsvft-mutant-") as folder:
         copy = Path(folder)
-        leave = shutil.ignore_patterns("__pycache__", ".*")
+        leave, leave_results = (shutil.ignore_patterns("__pycache__", ".*", *more) for more in ((), ("results",)))
         shutil.copytree(ROOT / "qsvft", copy / "qsvft", ignore=leave)
         shutil.copytree(ROOT / "tests", copy / "tests", ignore=leave)
+        shutil.copytree(ROOT / "benchmarks", copy / "benchmarks", ignore=leave_results)
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "copy_guard.py").write_text(GUARD, encoding="utf-8")
         if mutant is not None:
