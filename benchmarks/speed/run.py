@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from qsvft.storage.whole_files import write_whole
 
 SECTIONS = ("layers", "models", "floor", "growth")
 OUTPUT, SHORT = ROOT / "benchmarks" / "results" / "speed", ROOT / "out" / "speed"
+SHORT_TOKENS = 256
 FAILED = 4
 
 
@@ -133,6 +134,8 @@ def measure(told: argparse.Namespace, console: Console) -> Rows:
     rows = Rows(told.output, Run.begin(about(told.device), told.short, time.time()))
     bench = Bench(rows, told.rivals, told.device, told.rounds, told.seconds, console)
     whole = [sizes.models()[name] for name in told.models]
+    if told.short:
+        whole = [replace(model, tokens=min(model.tokens, SHORT_TOKENS)) for model in whole]
     if "layers" in told.sections:
         layers.run(bench, told.shapes, told.tokens)
     if "models" in told.sections:
