@@ -84,9 +84,8 @@ def _fill_in(told: argparse.Namespace) -> None:
     told.sections = told.sections or list(SECTIONS)
     told.shapes = told.shapes or ([sizes.NARROW] if short else list(sizes.LAYERS))
     told.tokens = told.tokens or ([256] if short else list(sizes.TOKENS))
-    told.models = [sizes.NARROW] if told.models is None else told.models
-    if not short and told.models == [sizes.NARROW]:
-        told.models = [name for name in sizes.models() if name != sizes.TINY]
+    if told.models is None:
+        told.models = [sizes.NARROW] if short else [name for name in sizes.models() if name != sizes.TINY]
     told.rounds = told.rounds or (LEAST if short else 12)
     told.seconds = told.seconds or (4.0 if short else 60.0)
     told.output = told.output or (SHORT if short else OUTPUT) / told.device
