@@ -16,11 +16,25 @@ import torch
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "gpu"
 MODULES = (
-    *("card", "cases", "decomposition", "finetune", "longest", "marked", "matrices", "peaks", "pieces", "predictions"),
+    *(
+        "beside",
+        "card",
+        "cases",
+        "clocked",
+        "decomposition",
+        "finetune",
+        "longest",
+        "marked",
+        "matrices",
+        "peaks",
+        "pieces",
+        "predictions",
+    ),
     *("recorder", "results", "slim_wheel", "stages", "steps", "string_task", "suite", "summary", "tiny"),
 )
 SMALLEST = "qsvft:factor_bits=4,quantize_embeddings=8"
 STEPS = [("qlora", 32), (SMALLEST, 32), ("svft", 32), ("qlora", 16), ("floor:chunked_loss=true", 16)]
+STEPS += [("qlora without checkpointing", 16)]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -82,13 +96,14 @@ def test_a_rehearsal_runs_every_stage_in_order_and_marks_its_rows(rehearsal):
     assert header["kind"] == "run" and header["commit"] == "abc123"
     assert {"torch", "peft", "bitsandbytes", "qsvft"} <= header["versions"].keys()
     begun = [row["case"] for row in found if row["stage"] == "stage"]
-    assert begun == [f"stage | {name}" for name in ("tiny", "steps", "longest", "decomposition", "tests")]
+    assert begun == [f"stage | {name}" for name in ("tiny", "steps", "longest", "clock", "decomposition", "tests")]
     assert all(row["rehearsal"] and row["run"] == header["run"] for row in found)
     assert {row["status"] for row in found} == {"ran", "skipped"}
     assert not (rehearsal / "at-hand.json").exists()
     assert "not a measurement" in (rehearsal / "results.md").read_text()
     # What a way back with few places would have to bring.
-    assert sorted(path.name for path in rehearsal.iterdir()) == ["results.jsonl", "results.md", "tests.log"]
+    here = ["clock", "clock.log", "results.jsonl", "results.md", "tests.log"]
+    assert sorted(path.name for path in rehearsal.iterdir()) == here
 
 
 def test_the_device_s_training_is_held_against_the_cpu_s(rehearsal):
@@ -324,10 +339,9 @@ def cuda(monkeypatch):
 
 
 def scenario(steps, method="qsvft"):
-    from qsvft.memory.methods import parse_method
     from qsvft.memory.presets import model_config
 
-    return steps.build(model_config("tiny"), parse_method(method), "cpu")
+    return steps.build(model_config("tiny"), method, "cpu")
 
 
 def test_the_card_s_code_reads_the_allocator_and_the_events(suite, cuda):
@@ -524,7 +538,7 @@ def test_a_card_s_name_becomes_a_safe_folder(suite):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["speed"], "unknown stage 'speed'; expected tiny, steps, longest, decomposition, tests, summary"),
+        (["speed"], "unknown stage 'speed'; expected tiny, steps, longest, clock, decomposition, tests, summary"),
         (["summary", "tests"], "summary stands alone"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

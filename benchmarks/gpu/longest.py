@@ -1,4 +1,4 @@
-"""Stage (c): the longest sequence of a method on a card of 8 to 24 GiB, which the allocator is made to believe in.
+"""Stage "longest": the longest sequence of a method on a card of 8 to 24 GiB, which the allocator is made to believe.
 
 A straight line through the peaks at two lengths, measured without a limit, says where to look first.
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cases import BATCH_SIZE, Search, search_case
-from steps import CHECKPOINTING, Stepper, build, factors_of, longest
+from cases import Search, search_case
+from steps import Stepper, about, build, longest
 from suite import Suite
 
-from qsvft.memory.methods import parse_method
 from qsvft.memory.presets import model_config
 from qsvft.memory.scenario import Scenario
 
@@ -30,16 +29,13 @@ def _search(suite: Suite, search: Search, method: str) -> None:
     wanted = [card for card in search.cards if not suite.rows.done(cases[card])]
     if not wanted:
         return
-    parsed = parse_method(method)
-    about = {"model": search.model, "method": method, "batch_size": BATCH_SIZE, "checkpointing": CHECKPOINTING}
-    about["factors"] = factors_of(parsed)
     known: list[tuple[Scenario, list[int]]] = []
 
     def measure(card: int) -> dict[str, Any]:
         if not known:
             suite.device.release()  # what is left of others must not go while this is measured
             before = suite.device.allocated()
-            scenario = build(model_config(search.model), parsed, suite.device.kind)
+            scenario = build(model_config(search.model), method, suite.device.kind)
             peaks = [suite.device.peak(scenario, n, before)["allocated_bytes"] for n in suite.plan.line]
             known.append((scenario, peaks))
             suite.device.release()
@@ -53,7 +49,8 @@ def _search(suite: Suite, search: Search, method: str) -> None:
         return {"longest_that_fits": fitted, "shortest_that_does_not": failed, "tried": tried}
 
     for card in wanted:
-        suite.attempt(STAGE, cases[card], {**about, "card_bytes": card}, lambda card=card: measure(card))
+        row = {**about(search.model, method), "card_bytes": card}
+        suite.attempt(STAGE, cases[card], row, lambda card=card: measure(card))
         if not known:
             break  # it cannot be built, and the row says why
     known.clear()

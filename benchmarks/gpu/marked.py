@@ -1,14 +1,13 @@
-"""Stage (e): the tests that need CUDA, in a process of their own."""
+"""Stage "tests": the tests that need CUDA, in a process of their own."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import beside
 from recorder import STAGE
 from results import FAILED, ROOT, Rows
 from suite import Suite, say
@@ -20,22 +19,11 @@ def run(suite: Suite) -> None:
     """Run pytest; it writes a row for each test. In a rehearsal they skip themselves."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("recorder.py"))]
     command += [str(suite.folder), json.dumps(asdict(suite.run)), "-m", "cuda", str(ROOT / "tests" / "cuda")]
-    # Plugins that happen to be installed there are none of ours.
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    suite.folder.mkdir(parents=True, exist_ok=True)
-    with open(suite.folder / LOG, "ab") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-        )
-        try:
-            status = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            suite.rows = Rows(suite.folder, suite.run)  # with what the other process wrote
-            suite.predictions.rows = suite.rows
+    try:
+        status = beside.run(command, suite.folder / LOG)
+    finally:
+        suite.rows = Rows(suite.folder, suite.run)  # with what the other process wrote
+        suite.predictions.rows = suite.rows
     say(f"{STAGE}: {_summary(suite)}, see {LOG}")
     if status not in (0, 1, 5):  # passed, some failed, none was left to run
         suite.rows.append(STAGE, f"{STAGE} | pytest", FAILED, reason=f"pytest ended with {status}, see {LOG}")

@@ -1,4 +1,4 @@
-"""Stage (d): the seconds of decomposing a layer's weights, and what a whole model takes.
+"""Stage "decomposition": the seconds of decomposing a layer's weights, and what a whole model takes.
 
 The ways and what is measured of them are benchmarks/decomposition.py's.
 Shapes are a Llama's with q, k and v as wide as the model. Reading quantised weights back is not in the seconds.

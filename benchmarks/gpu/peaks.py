@@ -1,4 +1,4 @@
-"""Stage (b): bytes and time of a training step of every method. A method is built once for all that is asked of it."""
+"""Stage "steps": bytes and time of a step of every method. A method is built once for all that is asked of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 from cases import BATCH_SIZE, QLORA, step_case
 from results import RAN
-from steps import CHECKPOINTING, build, factors_of, spread
+from steps import about, build, spread
 from suite import Suite
 
-from qsvft.memory.methods import parse_method
 from qsvft.memory.presets import model_config
 from qsvft.memory.scenario import Scenario
 
@@ -33,9 +32,6 @@ def _measure(suite: Suite, model: str, method: str, lengths: tuple[int, ...]) ->
     wanted = [(kind, n) for n in lengths for kind in (MEMORY, SPEED) if not _done(suite, kind, model, method, n)]
     if not wanted:
         return
-    parsed = parse_method(method)
-    about = {"model": model, "method": method, "batch_size": BATCH_SIZE, "checkpointing": CHECKPOINTING}
-    about["factors"] = factors_of(parsed)
     built: list[tuple[Scenario, int]] = []
 
     def scenario() -> tuple[Scenario, int]:
@@ -43,7 +39,7 @@ def _measure(suite: Suite, model: str, method: str, lengths: tuple[int, ...]) ->
         if not built:
             suite.device.release()  # what is left of others must not go while this is measured
             before = suite.device.allocated()
-            built.append((build(model_config(model), parsed, suite.device.kind), before))
+            built.append((build(model_config(model), method, suite.device.kind), before))
         return built[0]
 
     measures: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -51,7 +47,7 @@ def _measure(suite: Suite, model: str, method: str, lengths: tuple[int, ...]) ->
         SPEED: lambda n: _speed(suite, scenario()[0], n),
     }
     for kind, n in wanted:
-        row = {**about, **SETTINGS[kind], "seq_len": n}
+        row = {**about(model, method), **SETTINGS[kind], "seq_len": n}
         suite.attempt(kind, f"{kind} | {step_case(model, method, n)}", row, lambda kind=kind, n=n: measures[kind](n))
         if not built:
             break  # it cannot even be built, and the row says why

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from cases import BATCH_SIZE, FULL, GIB, search_case, step_case, steps_of
+from cases import BATCH_SIZE, FULL, GIB, checkpointed, search_case, step_case, steps_of
 from results import FAILED, RAN, Rows
 
 from qsvft.memory.methods import parse_method
@@ -31,7 +31,8 @@ STAGE = "predictions"
 
 def peak(model: str, method: str, seq_len: int) -> dict[str, Any]:
     """The peak of a step in bytes, and what it is made of."""
-    ledger, _ = count_step(model_config(model), parse_method(method), BATCH_SIZE, seq_len)
+    text, checkpointing = checkpointed(method)
+    ledger, _ = count_step(model_config(model), parse_method(text), BATCH_SIZE, seq_len, checkpointing)
     found = ledger.peaks()["total"]
     return {
         "predicted_bytes": found.nbytes,

@@ -39,7 +39,14 @@ def stage_table() -> dict[str, StageRun]:
 
         return run
 
-    names = {"tiny": "tiny", "steps": "peaks", "longest": "longest", "decomposition": "matrices", "tests": "marked"}
+    names = {
+        "tiny": "tiny",
+        "steps": "peaks",
+        "longest": "longest",
+        "clock": "clocked",
+        "decomposition": "matrices",
+        "tests": "marked",
+    }
     return {stage: of(module) for stage, module in names.items()}
 
 

@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 import torch
-from cases import BATCH_SIZE, FACTORED, Plan
+from cases import BATCH_SIZE, FACTORED, Plan, checkpointed
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qsvft.lean.checkpointing import enable_checkpointing
+from qsvft.lean.checkpointing import disable_checkpointing, enable_checkpointing
 from qsvft.memory.cards import CONTEXT_BYTES
-from qsvft.memory.methods import Method
+from qsvft.memory.methods import parse_method
 from qsvft.memory.profiler import LENGTH_STEP
 from qsvft.memory.scenario import Scenario
 from qsvft.memory.step import make_optimizer
@@ -30,22 +31,30 @@ from qsvft.memory.step import make_optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_factors import random_factors
 
-CHECKPOINTING = True
 OPTIMIZER = "adamw"
 AUTOCAST = torch.bfloat16
 TOLERANCE = 0.02
 """How far the longest sequence that fits and the shortest that does not may lie apart."""
 
 
-def build(config: PretrainedConfig, method: Method, device: str) -> Scenario:
+def build(config: PretrainedConfig, method: str, device: str) -> Scenario:
     """A method on a model with random weights; NF4 weights are quantised for real, one matrix at a time."""
+    text, checkpointing = checkpointed(method)
     with random_factors():
-        return Scenario(config, method, CHECKPOINTING, OPTIMIZER, device)
+        return Scenario(config, parse_method(text), checkpointing, OPTIMIZER, device)
 
 
-def factors_of(method: Method) -> str:
-    """Where a method's singular vectors come from here, for the result rows."""
-    return "random" if method.name in FACTORED else "none"
+def about(model: str, method: str) -> dict[str, Any]:
+    """What the result rows of a method say of it; where its singular vectors come from, too."""
+    text, checkpointing = checkpointed(method)
+    factors = "random" if parse_method(text).name in FACTORED else "none"
+    return {
+        "model": model,
+        "method": method,
+        "batch_size": BATCH_SIZE,
+        "checkpointing": checkpointing,
+        "factors": factors,
+    }
 
 
 class Stepper:
@@ -60,7 +69,7 @@ class Stepper:
         self.model, self.autocast = scenario.model, autocast
         self.vocabulary = scenario.base.config.vocab_size
         scenario.base.config.use_cache = False
-        enable_checkpointing(scenario.base)
+        (enable_checkpointing if scenario.checkpointing else disable_checkpointing)(scenario.base)
         self.model.train()
         self.clear()
         trainable = [p for p in self.model.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Stage (a): a small model, prepared once, trained, saved, loaded again and merged on the card and on the CPU.
+"""Stage "tiny": a small model, prepared once, trained, saved, loaded again and merged on the card and on the CPU.
 
 Both load the same directory, so that the weights and factors are the same numbers; everything is in fp32 but the
 quantised weights. AdamW would turn a rounding of a small gradient into a whole step, so the steps are plain gradient

@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import compiled
 import floor
 import growth
 import layers
@@ -41,7 +42,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from qsvft.storage.whole_files import write_whole
 
-SECTIONS = ("layers", "models", "floor", "growth")
+SHORT_SECTIONS = ("layers", "models", "floor", "growth")
+SECTIONS = (*SHORT_SECTIONS, "compiled")
 OUTPUT, SHORT = ROOT / "benchmarks" / "results" / "speed", ROOT / "out" / "speed"
 SHORT_TOKENS = 256
 FAILED = 4
@@ -81,7 +83,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _fill_in(told: argparse.Namespace) -> None:
     short = told.short
-    told.sections = told.sections or list(SECTIONS)
+    told.sections = told.sections or list(SHORT_SECTIONS if short else SECTIONS)
     told.shapes = told.shapes or ([sizes.NARROW] if short else list(sizes.LAYERS))
     told.tokens = told.tokens or ([256] if short else list(sizes.TOKENS))
     if told.models is None:
@@ -141,6 +143,8 @@ def measure(told: argparse.Namespace, console: Console) -> Rows:
         models.run(bench, whole, told.model)
     if "floor" in told.sections:
         floor.run(bench, told.shapes, told.tokens, whole, told.short)
+    if "compiled" in told.sections:
+        compiled.run(bench, whole)
     if "growth" in told.sections:
         start, axes = (growth.SMALL, ("tokens", "rank")) if told.short else (growth.Point(), growth.AXES)
         growth.run(bench, start, axes)

@@ -27,7 +27,7 @@ from .scenario import Scenario, one_line
 from .shapes import model_without_values
 
 LENGTH_STEP = 128
-LONGEST = 131072
+LONGEST = 2**20
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -122,7 +122,7 @@ def _longest_of(scenario: Scenario, report: MemoryReport, peak_bytes: int) -> in
 
 
 def longest_fitting(peak_at: Callable[[int], int], card_gib: float, start: int = LENGTH_STEP) -> int:
-    """The longest sequence, in steps of 128 up to 131072, whose peak fits a card; 0 if none does.
+    """The longest sequence, in steps of 128 up to 1048576, whose peak fits a card; 0 if none does.
 
     The peak grows with the length, close to linearly, so that a straight line through two lengths
     tells where to look next; every third look halves the bracket, which bounds their number.
