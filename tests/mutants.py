@@ -1270,6 +1270,13 @@ MUTANTS = (
         ("tuner/test_doors.py",),
     ),
     Mutant(
+        "a state that FSDP2 has split is taken for a whole one",
+        "tuner/adapter_file.py",
+        ' or hasattr(selected[key], "full_tensor"):',
+        ":",
+        ("tuner/test_sharding.py",),
+    ),
+    Mutant(
         "NaN in M is saved",
         "tuner/adapter_file.py",
         "    check_finite(layer.module_name, adapter, selected[key])",
@@ -1517,8 +1524,8 @@ MUTANTS = (
     Mutant(
         "a shard of M is saved in its place",
         "tuner/adapter_file.py",
-        "    if tuple(selected[key].shape) != (pattern.count,):",
-        "    if False:",
+        "    if tuple(selected[key].shape) != (pattern.count,) or",
+        "    if",
         ("tuner/test_saving.py",),
     ),
     Mutant(

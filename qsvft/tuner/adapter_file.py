@@ -75,13 +75,13 @@ def _add_records(
 ) -> Tensor:
     """The layer's digest, which is the last of them."""
     pattern, key = layer.pattern(adapter), m_key(name, adapter)
-    check_finite(layer.module_name, adapter, selected[key])
-    if tuple(selected[key].shape) != (pattern.count,):
+    if tuple(selected[key].shape) != (pattern.count,) or hasattr(selected[key], "full_tensor"):
         raise ValueError(
             f"{name}: M of adapter '{adapter}' has shape {tuple(selected[key].shape)}, expected ({pattern.count},): it "
             "is a shard of it. Gather the parameters (accelerator.get_state_dict(model)) and save with "
-            "save_pretrained(..., state_dict=...)."
+            "save_pretrained(..., state_dict=...); for checkpoints under FSDP2, take accelerate 1.15 or newer."
         )
+    check_finite(layer.module_name, adapter, selected[key])
     selected[key] = selected[key].to(torch.float32)
     base = torch.frombuffer(bytearray(layer.base_digest), dtype=torch.uint8)
     probe = selected.setdefault(probe_key(name, adapter), layer.qsvft_probe[adapter])

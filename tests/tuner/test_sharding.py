@@ -112,9 +112,16 @@ def test_an_adapter_under_fsdp1s_wrappers_is_saved_and_loaded_as_without(llama, 
 
 
 def test_loading_leaves_the_parameters_that_fsdp2_made(llama, alone):
-    model = made(llama, FORMS["int8"])
+    model = qsvft.make_shardable(made(llama, FORMS["int8"]))
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     before = {name: p for name, p in model.named_parameters() if p.requires_grad}
     model.load_state_dict({name: p.detach() for name, p in before.items()}, strict=False)
     after = dict(model.named_parameters())
     assert [name for name, p in before.items() if after[name] is not p] == []
+
+
+def test_a_state_that_fsdp2_has_split_is_refused_by_name(llama, alone):
+    model = qsvft.make_shardable(made(llama, FORMS["int8"]))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"q_proj: M of adapter 'default' .* shard of it.*accelerate 1\.15"):
+        get_peft_model_state_dict(model)
