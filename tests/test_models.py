@@ -46,7 +46,7 @@ MARKS = {"bos_token_id": 1, "eos_token_id": 2}
 DECODER = {**TEXT, **MARKS, "num_key_value_heads": 2, "tie_word_embeddings": False}
 PICTURE = {**SIZES, "image_size": 16, "patch_size": 8}
 DEBERTA = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
-MODERN = {**TEXT, **MARKS, "cls_token_id": 1, "sep_token_id": 2}
+MODERN = {**TEXT, **MARKS, "num_hidden_layers": 2, "cls_token_id": 1, "sep_token_id": 2}  # layers of both its kinds
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 IMAGE, START, END = 93, 90, 91
 QWEN = {"image_token_id": IMAGE, "video_token_id": 94, "vision_start_token_id": START, "vision_end_token_id": END}
@@ -161,7 +161,7 @@ FAMILIES = {
         ),
         words_and_picture,
         task="CAUSAL_LM",
-        idle=("vision_tower.head",),
+        idle=(".head.mlp.",),
     ),
     "Qwen2-VL": Family(
         "Qwen2VLForConditionalGeneration",
@@ -318,7 +318,7 @@ def _in(dtype: torch.dtype, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate(family: Family, model: Any) -> torch.Tensor:
-    fixed = {"max_new_tokens": 4, "do_sample": False}
+    fixed = {"max_new_tokens": 8, "do_sample": False}
     return model.generate(**_in(family.dtype, family.inputs()), **fixed)
 
 

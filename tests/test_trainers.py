@@ -15,6 +15,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from needs import is_before
 from small_models import coefficients, save_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -66,6 +67,8 @@ class Way:
 
 SHORT, WRITES = {"max_length": 32}, {"num_generations": 2, "max_completion_length": 4}
 JUDGED = {"reward_funcs": reward}
+# The teacher is the model itself: as it is said from TRL 1.6 on, and before.
+LIVE = {"teacher_regularization": "none"} if is_before("trl", "1.6") else {"teacher_model_kind": "live"}
 TRAINERS = {
     "Trainer": Way("transformers", "ids"),
     "Seq2SeqTrainer": Way("transformers", "ids", {"predict_with_generate": True}),
@@ -83,7 +86,7 @@ TRAINERS = {
     "GMPOTrainer": Way("trl.experimental.gmpo", "prompts", WRITES, JUDGED),
     "GKDTrainer": Way("trl.experimental.gkd", "chats", {**SHORT, "max_new_tokens": 4}, teacher=True),
     "SDFTTrainer": Way("trl.experimental.sdft", "hinted", {**WRITES, "max_prompt_length": 16, "distillation_topk": 20}),
-    "SDPOTrainer": Way("trl.experimental.sdpo", "questions", {**WRITES, "teacher_model_kind": "live"}, JUDGED),
+    "SDPOTrainer": Way("trl.experimental.sdpo", "questions", {**WRITES, **LIVE}, JUDGED),
 }
 
 

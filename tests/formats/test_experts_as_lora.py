@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from needs import need
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from small_models import logits, randomize, tokens
@@ -40,6 +41,12 @@ def source(request, tmp_path_factory):
     return folder
 
 
+def loads_as_lora(source):
+    """Skip where PEFT cannot load a LoRA of a model's shared expert."""
+    if AutoConfig.from_pretrained(source).model_type == "qwen2_moe":
+        need("transformers", "5.6", "makes PEFT take a LoRA of the shared expert for one of the others")
+
+
 def dense(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -47,6 +54,7 @@ def dense(folder):
 @pytest.mark.parametrize("sides", ["both", "one"])
 @pytest.mark.parametrize("named", NAMED)
 def test_it_is_the_same_model(source, tmp_path, named, sides):
+    loads_as_lora(source)
     options = {"target_parameters": NAMED[named], "rank": 8, "rank_pattern": {"[a-z_]+_proj.[0-2]": 4}}
     base = qsvft.prepare_checkpoint(source, tmp_path / "base", 16, progress=False, sides=sides, **options)
     model = randomize(qsvft.from_pretrained(base, progress=False))
@@ -84,6 +92,7 @@ def test_of_a_base_in_4_bits_it_is_for_the_base_before(source, tmp_path, monkeyp
 
 
 def test_it_loads_in_a_process_that_never_imports_qsvft(source, tmp_path):
+    loads_as_lora(source)
     options = {"target_parameters": NAMED["both"], "rank": 8, "progress": False}
     base = qsvft.prepare_checkpoint(source, tmp_path / "base", 16, **options)
     model = randomize(qsvft.from_pretrained(base, progress=False))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import need
 from torch.nn import functional
 from transformers import AutoConfig
 
@@ -39,6 +40,8 @@ pytestmark = [
 @pytest.mark.parametrize("method", ["qsvft", "lora:8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_meta_and_real_tensors_give_the_same_bytes(family, method, monkeypatch):
+    if (family, method) == ("deepseek_v3", "lora:8"):
+        need("transformers", "5.13", "reads a router's bias through the wrapper that PEFT puts there")
     # Which expert a real row goes to is not known without values: rows are counted as spread evenly.
     monkeypatch.setattr(experts, "_counts", lambda number, count: experts.evenly(len(number), count))
     config = AutoConfig.for_model(family, **FAMILIES[family])

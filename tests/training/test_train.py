@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from needs import is_before
 from rows_of import TEMPLATE, give_template, write_rows
 from safetensors.torch import load_file
 from small_models import coefficients, logits, same_tensors, save_llama
@@ -98,7 +99,9 @@ def test_what_was_trained_is_loaded_and_its_loss_is_the_trainers(run, place):
     model = qsvft.load(done.folder, cache_dir=place / "cache", progress=False)
     rows = module.plan_of(module.read_recipe(recipe(place, "elsewhere"))).rows
     found = evaluate(model, AutoTokenizer.from_pretrained(done.folder), rows.held_out, progress=False)
-    assert found.loss == pytest.approx(done.after, rel=1e-3)
+    # Trainer divided by the tokens of whole rows before, the first one's among them, of which there is no loss.
+    counted = found.tokens + (found.rows if is_before("transformers", "5.11") else 0)
+    assert found.loss * found.tokens / counted == pytest.approx(done.after, rel=1e-3)
     assert found.rows == len(rows.held_out)
 
 

@@ -91,7 +91,8 @@ def test_the_first_loss_of_dpo_on_a_trained_adapter_is_ln_2(llama, tmp_path):
         processing_class=AutoTokenizer.from_pretrained(llama),
     )
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    # TRL 1.0 computes the loss of a model in bf16 in bf16: to half of a step.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=2**-9)
     assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(0, abs=1e-3)
 
 
