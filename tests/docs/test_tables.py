@@ -54,6 +54,28 @@ def test_both_memory_tables_are_read():
     assert len(MEMORY_ROWS) == 2 * (6 + 17)
 
 
+SPEED = json.loads((ROOT / "benchmarks" / "results" / "speed" / "cpu" / "speed.json").read_text())
+STEPS = {"1024 wide": "Llama 1024 wide", "Llama-3-8B's shapes": "Llama-3-8B", "SmolLM2-135M": "smollm2"}
+SPEED_CELLS = [
+    pytest.param(row["timed as"].strip("`"), case, row[heading], id=f"{row['timed as']}-{heading}")
+    for row in table_with("docs/speed.md", "timed as", *STEPS)
+    for heading, case in STEPS.items()
+    if row[heading]
+]
+
+
+@pytest.mark.parametrize(("method", "model", "cell"), SPEED_CELLS)
+def test_a_cell_of_the_speed_table_was_measured(method, model, cell):
+    (found,) = [row["methods"] for row in SPEED["rows"] if row["case"].split(" | ")[1].startswith(model)]
+    one = found[method]
+    ratio = f"{one['ratio']:.2f} ({one['ratio_p20']:.2f} to {one['ratio_p80']:.2f})"
+    assert cell == (f"1 ({one['median_ms'] / 1000:.1f} s)" if one is found[SPEED["rows"][0]["unit"]] else ratio)
+
+
+def test_every_measured_step_has_a_cell():
+    assert len(SPEED_CELLS) == sum(len(row["methods"]) for row in SPEED["rows"])
+
+
 def test_the_claim_of_the_readme_stands_beside_its_settings():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (claim,) = [part for part in readme.split("\n\n") if "5.65 GiB" in part]
