@@ -170,7 +170,7 @@ def test_another_call_goes_on_where_a_cut_off_left_it(suite, tmp_path, monkeypat
     assert rows(tmp_path, "memory") == before
     again = [row for row in rows(tmp_path, "speed") if row["run"] != before[0]["run"]]
     # The one that was lost, and what its ratio is taken to.
-    assert [(row["method"], row["seq_len"]) for row in again] == [STEPS[-2], STEPS[-1]]
+    assert [(row["method"], row["seq_len"]) for row in again] == [STEPS[-3], STEPS[-1]]
     size = len(rows(tmp_path, "speed"))
     assert stages_main(suite, tmp_path, "steps", started=time.time() + 10) == 0
     assert len(rows(tmp_path, "speed")) == size
@@ -464,7 +464,7 @@ def test_where_no_predictions_can_be_counted_the_card_is_measured_all_the_same(s
     monkeypatch.setattr(suite("stages"), "REHEARSAL", replace(plan, passes=plan.passes[1:]))
     assert stages_main(suite, tmp_path, "steps") == 0
     assert "predictions: not counted here: no more processes" in capsys.readouterr().out
-    assert len(rows(tmp_path, "memory")) == 2 and not rows(tmp_path, "predictions")
+    assert len(rows(tmp_path, "memory")) == 3 and not rows(tmp_path, "predictions")
 
 
 def test_a_device_that_computes_something_else_has_failed(suite, tmp_path, monkeypatch):

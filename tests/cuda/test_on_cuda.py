@@ -9,6 +9,7 @@ from small_models import coefficients, load, logits, randomize, same_tensors, to
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import qsvft
+from qsvft.storage.stored_matrix import StoredMatrix
 from qsvft.storage.weights import dense_weight
 from qsvft.tuner import QSVFTLinear
 
@@ -27,6 +28,13 @@ FORMS = [
     {"factor_bits": 8, "off_diagonals": 2},
     {"factor_bits": 4, "sides": "one", "off_diagonals": 2},
 ]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_stored_matrix_is_the_same_numbers_there(bits):
+    matrix = StoredMatrix.hold(torch.randn(96, 200, generator=torch.Generator().manual_seed(0)), bits)
+    here = matrix.dense()
+    assert torch.equal(matrix.to(DEVICE).dense().cpu(), here)
 
 
 def prepared(llama, dtype=torch.bfloat16, **options):

@@ -115,6 +115,16 @@ def test_linear_int8_is_more_exact_on_singular_vectors_than_the_dynamic_map():
     assert relative(StoredMatrix.hold(V, 8).dense(), V) < 0.8 * dynamic
 
 
+def test_one_product_of_int8_and_bf16_as_on_a_card_gives_the_same_numbers():
+    codes = torch.arange(-127, 129).clamp(max=127).to(torch.int8).repeat(64, 1)
+    scales = (
+        torch.rand(64, 4, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-32, 32)[:, None]
+    ).bfloat16()
+    held = StoredMatrix(8, 256, {"codes": codes, "scales": scales})
+    at_once = torch.mul(codes.view(64, 4, 64), scales.unsqueeze(-1))
+    assert at_once.dtype == torch.bfloat16 and torch.equal(at_once.view(64, 256), held.dense())
+
+
 def test_nf4_is_as_exact_as_bitsandbytes_with_its_own_double_quantisation_and_the_same_blocks():
     V = torch.linalg.svd(noise(256, 256)).Vh
     codes, state = bnb.quantize_4bit(V.float(), blocksize=128, compress_statistics=True, quant_type="nf4")
