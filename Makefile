@@ -30,7 +30,7 @@ types: $(VENV)/installed
 unit: $(VENV)/installed
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-# As other machines would: two settings here, thirteen in test-elsewhere.
+# As other machines would: the farthest setting here, thirteen in test-elsewhere.
 elsewhere: $(VENV)/installed
 	$(BIN)/python tests/elsewhere.py --short
 

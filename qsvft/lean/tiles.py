@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..maths.coefficients import keep
-from ..storage.disguise import disguised, undisguised
+from ..storage.disguise import disguised, undisguise, undisguised
 from .by_tiles import by_tiles, fits_a_tile, tiles
 from .same_autocast import Autocast, again
 
@@ -31,7 +31,7 @@ def tile_mlps(model: nn.Module) -> nn.Module:
 
     Args:
         model: a transformers model, with adapters or without. MLPs count by their class's name (``...MLP``,
-            ``...FeedForward``); one with dropout, computes as before.
+            ``...FeedForward``); one with dropout computes as before.
 
     Returns:
         The same model.
@@ -56,11 +56,7 @@ def tile_mlps(model: nn.Module) -> nn.Module:
 
 def whole_mlps(model: nn.Module) -> nn.Module:
     """Undo :func:`tile_mlps`."""
-    for module in model.modules():
-        plain = undisguised(module, _tiled_class)
-        if plain is not None:
-            module.__class__ = plain
-    return model
+    return undisguise(model, _tiled_class)
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 _PLAIN = "_qsvft_plain_class"
 _MAKER = "_qsvft_disguised_by"
 
@@ -36,6 +38,15 @@ def undisguised(instance: object, maker: Callable[[Any], type]) -> Any:
     """The plain class of an instance whose class ``maker`` made; None for any other."""
     own = vars(type(instance))
     return own[_PLAIN] if own.get(_MAKER) == maker.__name__ else None
+
+
+def undisguise(model: nn.Module, maker: Callable[[Any], type]) -> nn.Module:
+    """Give every module of a model whose class ``maker`` made its plain class back, in place."""
+    for module in model.modules():
+        plain = undisguised(module, maker)
+        if plain is not None:
+            module.__class__ = plain
+    return model
 
 
 def _empty(maker: Callable[[Any], type], plain: type) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .disguise import disguised, undisguised
+from .disguise import disguised, undisguise
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = 512
@@ -87,9 +87,7 @@ def note_dtype(model: nn.Module) -> None:
 
 def plain_packed(model: nn.Module) -> None:
     """Undo :func:`ready_packed`."""
-    for module in model.modules():
-        if (plain := undisguised(module, _class_with_gradient)) is not None:
-            module.__class__ = plain
+    for module in undisguise(model, _class_with_gradient).modules():
         if is_packed(module):
             vars(module).pop("qsvft_dtype", None)
 

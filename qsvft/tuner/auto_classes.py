@@ -67,11 +67,10 @@ def _of_transformers(read: Callable[..., Any], load: Load) -> Callable[..., Any]
     @functools.wraps(read)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kw: Any) -> Any:
         given = {name: value for name, value in _given(kw).items() if name not in _SETTLED}
-        place = None if args or set(given) - _OURS else _made_dense(pretrained_model_name_or_path, kw)
+        place = None if args or set(given) - _OURS else _on_fewer_bits(pretrained_model_name_or_path, kw)
         if place is None:
             return read(cls, pretrained_model_name_or_path, *args, **kw)
-        loaded = load(place, **given)
-        model = loaded.get_base_model()
+        model = load(place, **given).get_base_model()
         if not isinstance(model, cls):
             raise _other_class(cls, place, model, cls)
         model._hf_peft_config_loaded = True
@@ -80,7 +79,7 @@ def _of_transformers(read: Callable[..., Any], load: Load) -> Callable[..., Any]
     return from_pretrained
 
 
-def _made_dense(path_or_id: Any, kw: Mapping[str, Any]) -> str | None:
+def _on_fewer_bits(path_or_id: Any, kw: Mapping[str, Any]) -> str | None:
     """The adapter that is asked for, if it is one of ours whose base was in fewer bits than its checkpoint is, and
     nothing else is asked of the base."""
     options = dict(kw.get("adapter_kwargs") or {})
