@@ -605,6 +605,20 @@ MUTANTS = (
         ("storage/test_linear_layers.py",),
     ),
     Mutant(
+        "the first forward breaks a compiled graph to read values",
+        "tuner/layer.py",
+        "    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]\n",
+        "",
+        ("test_training.py::test_a_whole_model_compiles_into_one_graph_before_it_has_run",),
+    ),
+    Mutant(
+        "a compiled graph does not see that something else was loaded",
+        "tuner/adapted.py",
+        "self._loads += 1",
+        "pass",
+        ("test_training.py::test_a_compiled_model_refuses_what_does_not_fit_its_base_and_is_loaded_later",),
+    ),
+    Mutant(
         "generating in training goes on from the last token alone",
         "tuner/model.py",
         "with evaluating(model):",

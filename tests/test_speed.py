@@ -231,6 +231,15 @@ def test_a_case_that_fails_has_its_reason_and_the_next_one_goes_on(speed, tmp_pa
     assert found["rows"][0]["reason"] == "RuntimeError: no such kernel"
 
 
+def test_a_compiled_step_is_timed_beside_the_one_as_it_is(speed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(speed("compiled").WAYS, "torch.compile", {"disable": True})  # which would take a minute
+    status, found = run(speed, tmp_path, "compiled", *SMALL)
+    assert status == 0
+    assert [list(row["methods"]) for row in found["rows"]] == [["as it is", "torch.compile"]]
+    assert found["rows"][0]["methods"]["as it is"]["ratio"] == 1.0
+    assert "torch.compile" in capsys.readouterr().out
+
+
 def test_a_checkpoint_is_stepped_with_its_own_weights(speed, llama, tmp_path):
     told = ("models", "--short", "--models", "--model", str(llama), "--methods", "svft")
     models = speed("models")

@@ -20,6 +20,8 @@ from qsvft.tuner import QSVFTLinear
 SCRIPTS = Path(__file__).parent / "scripts"
 ONE_SIDED = {"sides": "one", "pattern": "banded", "off_diagonals": 2}
 FORMS = {"one-sided": ONE_SIDED, "default": {}}
+TWO_LAYERS = ["layers.1.self_attn.k_proj", "layers.0.mlp.up_proj"]
+"""Of one-sided forms k_proj holds the output's factor, up_proj the input's."""
 EACH_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 COMMON = {
     "per_device_train_batch_size": 2,
@@ -205,10 +207,8 @@ def test_a_4_bit_base_that_fsdp_shards_trains_and_saves_the_adapter_of_one_proce
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("form", [ONE_SIDED, {}], ids=["one-sided", "default"])
 def test_the_compiled_model_has_the_eager_loss_and_gradients_with_checkpointing(llama, form):
-    """On one layer of each side: of one-sided forms k_proj holds the output's, up_proj the input's."""
     torch._dynamo.reset()
-    targets = ["layers.1.self_attn.k_proj", "layers.0.mlp.up_proj"]
-    model = qsvft.prepare(load(llama, torch.float32), bits=4, target_modules=targets, **form)
+    model = qsvft.prepare(load(llama, torch.float32), bits=4, target_modules=TWO_LAYERS, **form)
     randomize(model, scale=0.1).train()
 
     def step(module):
@@ -223,6 +223,30 @@ def test_the_compiled_model_has_the_eager_loss_and_gradients_with_checkpointing(
     assert compiled.keys() == gradients.keys()
     for name in gradients:
         assert float((compiled[name] - gradients[name]).norm()) < 1e-4 * float(gradients[name].norm())
+
+
+@pytest.mark.parametrize("form", [*FORMS.values(), {"calibration": True, "rank": 8}], ids=[*FORMS, "calibrated"])
+def test_a_whole_model_compiles_into_one_graph_before_it_has_run(llama, form):
+    torch._dynamo.reset()
+    batches = [{"input_ids": tokens(2, 10, seed=seed), "labels": tokens(2, 10, seed=seed)} for seed in range(2)]
+    options = {**form, **({"calibration": batches} if "calibration" in form else {}), "target_modules": TWO_LAYERS}
+    model = qsvft.prepare(load(llama, torch.float32), bits=4, gradient_checkpointing=False, **options).train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_compiled_model_refuses_what_does_not_fit_its_base_and_is_loaded_later(llama, other_llama):
+    torch._dynamo.reset()
+    options = {"target_modules": TWO_LAYERS, "gradient_checkpointing": False}
+    one, other = (qsvft.prepare(load(path, torch.float32), bits=4, **options) for path in (llama, other_llama))
+    compiled = torch.compile(one, backend="eager", fullgraph=True)
+    compiled(input_ids=tokens())
+    probes = {name: tensor for name, tensor in other.state_dict().items() if "qsvft_probe" in name}
+    one.load_state_dict(probes, strict=False)
+    # What is raised while a graph is traced comes wrapped.
+    with pytest.raises(RuntimeError, match="does not fit this base model"):
+        compiled(input_ids=tokens())
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -33,7 +33,7 @@ def run(bench: Bench, models: Sequence[Model]) -> None:
                 built.model.compile(**WAYS[way])
             steps[way] = step(built, model.tokens)
         found = summary(bench.time(steps), EAGER)
-        return {"model": model.name, "tokens": model.tokens, "unit": EAGER, "methods": found}
+        return {"model": model.name, "tokens": model.tokens, "unit": EAGER, "methods": found, "refused": {}}
 
     for model in models:
         bench.attempt(STAGE, f"{STAGE} | {model.name} | {model.tokens} tokens", lambda model=model: measure(model))

@@ -71,6 +71,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.qsvft_scale = BufferDict({}, persistent=False)
         self._expected_probe: dict[str, Tensor] = {}
         self._verified: set[str] = set()
+        self._loads = 0
         self.base_digest: bytes = b""
         self.merged_adapters: list[str] = []
         self._unmerged: list[nn.Module] = []  # in a list: it is not part of the module tree
@@ -117,6 +118,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return held
         return ReadWeight.of(held, self.module_name)
 
+    def verify_again(self, adapter: str) -> None:
+        """Before an adapter is used the next time its probe is compared, in a compiled graph as well."""
+        self._verified.discard(adapter)
+        self._loads += 1
+
     def original_base(self) -> nn.Module:
         """The base layer without any merged adapter."""
         return self._unmerged[0] if self._unmerged else self.get_base_layer()
@@ -132,4 +138,5 @@ def _before_loading(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str
     for key in [key for key in state_dict if key.startswith(f"{prefix}qsvft_M.")]:
         M = state_dict[with_coefficients(key)] = state_dict.pop(key)
         check_finite(layer.module_name, key.removeprefix(f"{prefix}qsvft_M.").removesuffix(".weight"), M)
-    layer._verified.clear()
+    for adapter in list(layer._verified):
+        layer.verify_again(adapter)

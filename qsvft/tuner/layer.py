@@ -170,7 +170,7 @@ class QSVFTLinear(AdaptedLinear):
         if adapter_names is not None:
             active = {name: rows for name, rows in rows_by_adapter(adapter_names, x).items() if name in self.qsvft_M}
         for name in active:
-            self._check(name)
+            self._check(name, self._loads)
         inner = x
         for name, rows in active.items():
             if self.forms[name].kind == "input":
@@ -245,7 +245,9 @@ class QSVFTLinear(AdaptedLinear):
             return self.qsvft_scale[adapter]
         return None if self.settings[adapter].unit == "one" else self.units[adapter]
 
-    def _check(self, adapter: str) -> None:
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _check(self, adapter: str, loads: int) -> None:
+        """Compiled, it runs while the graph is traced, and again where ``loads`` is another number: it needs values."""
         M = self.M(adapter)
         if M.dtype != torch.float32:
             raise RuntimeError(
@@ -260,7 +262,7 @@ class QSVFTLinear(AdaptedLinear):
         probe = self.compute_probe(adapter, weight)
         self._expected_probe[adapter] = probe
         self.qsvft_probe[adapter] = self.probe_here(adapter)
-        self._verified.discard(adapter)
+        self.verify_again(adapter)
 
     @torch.no_grad()
     def compute_probe(self, adapter: str, weight: Tensor) -> Tensor:
@@ -284,7 +286,7 @@ class QSVFTLinear(AdaptedLinear):
     def refuse(self, adapter: str) -> None:
         """Let nobody use an adapter that was refused when it was loaded, but that stays attached."""
         self.qsvft_probe[adapter].fill_(torch.nan)
-        self._verified.discard(adapter)
+        self.verify_again(adapter)
 
     def probe_here(self, adapter: str) -> Tensor:
         """The probe that an adapter has on this base."""

@@ -76,6 +76,33 @@ def test_every_measured_step_has_a_cell():
     assert len(SPEED_CELLS) == sum(len(row["methods"]) for row in SPEED["rows"])
 
 
+GROWTH = json.loads((ROOT / "benchmarks" / "results" / "speed" / "cpu-growth" / "speed.json").read_text())["rows"]
+
+
+def test_what_the_speed_page_says_of_growth_was_measured():
+    grown = [(row["axis"], part) for row in GROWTH if row["stage"] == "growth" for part in row["rows"]]
+    assert {axis for axis, _ in grown} == {"tokens", "rank", "width", "layers", "vocabulary"}
+    for axis, part in grown:
+        over = part["exponent"] - part["asked"]
+        assert over <= (0.01 if part["unit"] == "bytes" else 0.0) or (axis, part["of"]) == ("layers", "step"), part
+    layers = [part for axis, part in grown if axis == "layers"]
+    steps = [(round(part["exponent"], 2), round(part["asked"], 2)) for part in layers if part["unit"] == "ms"]
+    assert [(min(of), max(of)) for of in zip(*steps, strict=True)] == [(0.93, 0.98), (0.91, 0.95)]
+    saved = [round(part["exponent"], 1) for part in layers if part["of"] == "saved activations"]
+    assert (min(saved), max(saved)) == (0.1, 0.2)
+
+
+def test_a_compiled_step_of_the_speed_page_was_measured():
+    said = table_with("docs/speed.md", "compiled", "as it is", "`torch.compile`")
+    measured = [row for row in GROWTH if row["stage"] == "compiled"]
+    assert len(said) == len(measured) == 2
+    for row, found in zip(said, measured, strict=True):
+        eager, one = found["methods"]["as it is"], found["methods"]["torch.compile"]
+        assert row["compiled"].endswith(f"{found['tokens']} tokens")
+        assert row["as it is"] == f"1 ({eager['median_ms'] / 1000:.2f} s)"
+        assert row["`torch.compile`"] == f"{one['ratio']:.2f} ({one['ratio_p20']:.2f} to {one['ratio_p80']:.2f})"
+
+
 def test_the_claim_of_the_readme_stands_beside_its_settings():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (claim,) = [part for part in readme.split("\n\n") if "5.65 GiB" in part]
