@@ -1,4 +1,4 @@
-"""Deliberate bugs: each changes one line of a copy of the package, and some test must notice.
+"""Deliberate bugs: each changes one line of a copy of the package or of its benchmarks, and some test must notice.
 
     python tests/mutants.py                   all of them, some minutes on two cores
     python tests/mutants.py --only damping    those with this word in their name
@@ -44,7 +44,7 @@ def pytest_configure(config):
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug: in ``file`` (under qsvft/) ``old``, found exactly once, becomes ``new``.
+    """One bug: in ``file`` (under qsvft/, or in benchmarks/) ``old``, found exactly once, becomes ``new``.
 
     ``tests`` (files under tests/, or single tests of them) must notice.
     """
@@ -55,12 +55,17 @@ class Mutant:
     new: str
     tests: tuple[str, ...]
 
-    def apply(self, package: Path) -> None:
-        """Write the bug into a copy of the package."""
-        path = package / self.file
+    @property
+    def place(self) -> str:
+        """The file from the root of the repository."""
+        return self.file if self.file.startswith("benchmarks/") else f"qsvft/{self.file}"
+
+    def apply(self, copy: Path) -> None:
+        """Write the bug into a copy of the repository."""
+        path = copy / self.place
         source = path.read_text(encoding="utf-8")
         if (count := source.count(self.old)) != 1:
-            raise ValueError(f"{self.name}: expected the text once in qsvft/{self.file}, found it {count} times")
+            raise ValueError(f"{self.name}: expected the text once in {self.place}, found it {count} times")
         path.write_text(source.replace(self.old, self.new), encoding="utf-8")
 
 
@@ -2578,6 +2583,167 @@ MUTANTS = (
         "from_first, from_last = first + numpy.float32(step) * index.astype(numpy.float32),",
         ("storage/test_dynamic_map.py",),
     ),
+    Mutant(
+        "a written number is rounded before it is compared",
+        "benchmarks/paper/scores/numbers.py",
+        "return _value(found) if found else None",
+        "return (value := _value(found) if found else None) and Fraction(round(value))",
+        ("paper/test_scores_worked.py",),
+    ),
+    Mutant(
+        "the first mark of a solution counts, not the last",
+        "benchmarks/paper/scores/numbers.py",
+        "_NUMBER.search(text, marks[-1].end())",
+        "_NUMBER.search(text, marks[0].end())",
+        ("paper/test_scores_numbers.py",),
+    ),
+    Mutant(
+        "a heading of a solution is taken for the mark of its answer",
+        "benchmarks/paper/scores/numbers.py",
+        r'rf"The answer is|####(?=\s*(?:{_CURRENCY})?{_NUMBER.pattern})"',
+        'rf"The answer is|####"',
+        ("paper/test_scores_worked.py",),
+    ),
+    Mutant(
+        "what is behind the first separator of thousands is lost",
+        "benchmarks/paper/scores/numbers.py",
+        'Fraction(digits.replace(",", ""))',
+        'Fraction(digits.split(",")[0])',
+        ("paper/test_scores_numbers.py",),
+    ),
+    Mutant(
+        "the dash between two numbers is a minus",
+        "benchmarks/paper/scores/numbers.py",
+        r"(?<![\w)}}\]%])-",
+        "-",
+        ("paper/test_scores_worked.py",),
+    ),
+    Mutant(
+        "a time is read as its hours",
+        "benchmarks/paper/scores/numbers.py",
+        r"(?:[.,:][0-9]+)*|",
+        r"(?:[.,][0-9]+)*|",
+        ("paper/test_scores_worked.py",),
+    ),
+    Mutant(
+        "a number of more digits than Python reads ends a run",
+        "benchmarks/paper/scores/numbers.py",
+        "if len(digits) > LONGEST or not",
+        "if not",
+        ("paper/test_scores_numbers.py",),
+    ),
+    Mutant(
+        "a mixed number is read as its whole part",
+        "benchmarks/paper/scores/numbers.py",
+        "else whole + top / bottom",
+        "else whole or top / bottom",
+        ("paper/test_scores_numbers.py",),
+    ),
+    Mutant(
+        "a reference without a number counts as wrong for ever",
+        "benchmarks/paper/scores/numbers.py",
+        "    if value is None:\n        raise",
+        "    if value is False:\n        raise",
+        ("paper/test_scores_numbers.py",),
+    ),
+    Mutant(
+        "the first box of a solution counts, not the last",
+        "benchmarks/paper/scores/latex.py",
+        "inside = text[found[-1].end() :]",
+        "inside = text[found[0].end() :]",
+        ("paper/test_scores_latex.py",),
+    ),
+    Mutant(
+        "a box ends with the first brace that closes",
+        "benchmarks/paper/scores/latex.py",
+        'if depth == 0 and brace[0] == "}":',
+        'if brace[0] == "}":',
+        ("paper/test_scores_latex.py",),
+    ),
+    Mutant(
+        "a brace that LaTeX escapes closes a box",
+        "benchmarks/paper/scores/latex.py",
+        r're.compile(r"\\.|[{}]", re.DOTALL)',
+        're.compile(r"[{}]")',
+        ("paper/test_scores_latex.py",),
+    ),
+    Mutant(
+        "a box is read where the solution says its answer",
+        "benchmarks/paper/scores/latex.py",
+        "    if not mark:\n        return boxed(text)",
+        "    if not mark or boxed(text):\n        return boxed(text)",
+        ("paper/test_scores_worked.py",),
+    ),
+    Mutant(
+        "any left side of an equation is left out",
+        "benchmarks/paper/scores/latex.py",
+        "if len(sides) == 2 and len(sides[0]) <= 2:",
+        "if len(sides) == 2:",
+        ("paper/test_scores_worked.py",),
+    ),
+    Mutant(
+        "thousands of LaTeX answers are read as MetaMath does not",
+        "benchmarks/paper/scores/latex.py",
+        """replace(" ", "")\n""",
+        """replace(" ", "").replace(",", "")\n""",
+        ("paper/test_scores_worked.py",),
+    ),
+    Mutant(
+        "the last choice that a text names is its answer",
+        "benchmarks/paper/scores/choices.py",
+        'rf"\\b(?:',
+        'rf"(?s:.*)\\b(?:',
+        ("paper/test_scores_choices.py",),
+    ),
+    Mutant(
+        "the name of a choice is found within another word",
+        "benchmarks/paper/scores/choices.py",
+        '))})\\b"',
+        '))})"',
+        ("paper/test_scores_choices.py",),
+    ),
+    Mutant(
+        "of choices that are equally likely the last is taken",
+        "benchmarks/paper/scores/choices.py",
+        "return scores.index(max(scores))",
+        "return len(scores) - 1 - scores[::-1].index(max(scores))",
+        ("paper/test_scores_choices.py",),
+    ),
+    Mutant(
+        "NaN is the likeliest choice",
+        "benchmarks/paper/scores/choices.py",
+        "any(map(math.isnan, log_probabilities))",
+        "all(map(math.isnan, log_probabilities))",
+        ("paper/test_scores_choices.py",),
+    ),
+    Mutant(
+        "a third class among the references is left to scikit-learn",
+        "benchmarks/paper/scores/glue.py",
+        "if others := {*predictions, *references} - {0, 1}:",
+        "if others := {*predictions} - {0, 1}:",
+        ("paper/test_scores_glue.py",),
+    ),
+    Mutant(
+        "predictions that are all the same have NaN for their correlation",
+        "benchmarks/paper/scores/glue.py",
+        "if len(set(predictions)) == 1:",
+        "if not predictions:",
+        ("paper/test_scores_glue.py",),
+    ),
+    Mutant(
+        "references that are all the same pass for a correlation of 0",
+        "benchmarks/paper/scores/glue.py",
+        "if len(set(references)) == 1:",
+        "if not references:",
+        ("paper/test_scores_glue.py",),
+    ),
+    Mutant(
+        "Spearman's correlation is taken of the values",
+        "benchmarks/paper/scores/glue.py",
+        '_correlation("spearmanr",',
+        '_correlation("pearsonr",',
+        ("paper/test_scores_glue.py",),
+    ),
 )
 
 
@@ -2602,7 +2768,7 @@ def run(mutant: Mutant | None, tests: tuple[str, ...]) -> Outcome:
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "copy_guard.py").write_text(GUARD, encoding="utf-8")
         if mutant is not None:
-            mutant.apply(copy / "qsvft")
+            mutant.apply(copy)
         process = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "copy_guard", "-p", "no:cacheprovider"]
             + [f"tests/{name}" for name in tests],

@@ -31,10 +31,11 @@ def test_there_are_at_least_ten_different_mutants():
 
 @EACH
 def test_the_text_to_change_is_found_exactly_once_and_the_changed_file_compiles(mutant, tmp_path):
-    shutil.copytree(mutants.ROOT / "qsvft", tmp_path / "qsvft")
-    path = tmp_path / "qsvft" / mutant.file
+    path = tmp_path / mutant.place
+    path.parent.mkdir(parents=True)
+    shutil.copy(mutants.ROOT / mutant.place, path)
     before = path.read_text(encoding="utf-8")
-    mutant.apply(tmp_path / "qsvft")
+    mutant.apply(tmp_path)
     after = path.read_text(encoding="utf-8")
     assert after != before and mutant.old not in after
     compile(after, mutant.file, "exec")
@@ -49,7 +50,8 @@ def test_the_tests_that_must_notice_exist(mutant):
 
 
 def test_a_text_that_is_not_there_or_there_twice_is_refused(tmp_path):
-    (tmp_path / "file.py").write_text("a = 1\na = 1\n")
+    (tmp_path / "qsvft").mkdir()
+    (tmp_path / "qsvft" / "file.py").write_text("a = 1\na = 1\n")
     for old, count in (("b", 0), ("a", 2)):
         with pytest.raises(ValueError, match=f"found it {count} times"):
             mutants.Mutant("name", "file.py", old, "c", ()).apply(tmp_path)
