@@ -17,11 +17,11 @@ How it is read:
 Where the peers differ, MetaMath's ``eval_gsm8k.py``, which the paper used, and lm-evaluation-harness's task gsm8k:
 
 - MetaMath rounds what is written: 3.6 and 7/2 are right where 4 is asked for.
-- MetaMath reads one separator: "1,234,567" is 1,234 to it and "1,234.5" too; "5:30" is 5, "2 1/2" is 2.
+- MetaMath reads one separator: "1,234,567" is 1,234 to it and "1,234.5" too; "5:30" is 5, "2 1/2" is 2, "-$5" is 5.
 - MetaMath wants "The answer is: " to the letter, and nothing else is right. The harness's strict match takes what
   follows the first "#### ", its flexible one the last number. Ours takes what is marked.
-- The harness compares texts: "3.0" and "18.00" are wrong to it, and "10-15" is -15.
-- All of them, and ours, read "5 + 3 = 8" behind a mark as 5, "2 million" as 2, "1e5" as 1 and "1 234" as 1.
+- The harness compares texts: "3.0" is not 3 to it, and "10-15" is -15.
+- Like MetaMath, ours reads "5 + 3 = 8" behind a mark as 5, "2 million" as 2, "1e5" as 1 and "1 234" as 1.
 """
 
 from __future__ import annotations
