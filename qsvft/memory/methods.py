@@ -62,6 +62,9 @@ WRITTEN = {
 }
 """Those that a method's text can say; gradient checkpointing is the whole profile's."""
 
+PEFT = "peft"
+"""The name of a method that a config stands for, and no text."""
+
 _OLDER_NAMES = {"offload_checkpoints": "offload"}
 _RANKED = {"lora": 16, "qlora": 16, "qlora-kbit": 16, "dora": 16, "vera": 256, "boft": 4}
 
@@ -77,7 +80,7 @@ class Method:
     @property
     def bits(self) -> int:
         """How the base is held."""
-        if self.name == "qsvft":
+        if self.name in ("qsvft", PEFT):
             return int(self.options.get("bits", 4))
         return 4 if self.name in ("floor", "qlora", "qlora-kbit") else 16
 
@@ -85,6 +88,18 @@ class Method:
     def chunked_loss(self) -> bool:
         """Whether the loss goes through the logits in chunks."""
         return bool(self.options.get("chunked_loss", self.name == "qsvft"))
+
+    @classmethod
+    def of(cls, label: str, config: PeftConfig, bits: int = 16, **options: Any) -> Method:
+        """The method of any config of PEFT's.
+
+        Args:
+            label: its name in a report.
+            config: the adapter's.
+            bits: how the base is held: 16 or 4.
+            **options: chunked_loss, offload, tile_mlp.
+        """
+        return cls(label, PEFT, {"config": config, "bits": bits, **options})
 
     def config(self) -> QSVFTConfig:
         """qsvft's."""
@@ -99,8 +114,8 @@ def parse_method(text: str) -> Method:
         ValueError: one line naming what was found and what is allowed.
     """
     name, _, rest = text.partition(":")
-    if name not in _BUILDERS:
-        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(_BUILDERS)}")
+    if name not in _BUILDERS or name == PEFT:
+        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(written_methods())}")
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
@@ -111,6 +126,11 @@ def parse_method(text: str) -> Method:
         if name == "qsvft" and key == "rank" and value == "full" and "pattern=" not in rest:
             raise ValueError(f"method {text!r}: a dense M takes a number as its rank; rank=full wants another pattern=")
     return Method(text, name, options)
+
+
+def written_methods() -> list[str]:
+    """The methods that have a text."""
+    return [name for name in _BUILDERS if name != PEFT]
 
 
 def _value(text: str, name: str, key: str, value: str) -> Any:
@@ -172,14 +192,22 @@ def _peft(make: Callable[[int], PeftConfig], kbit: bool = False) -> Callable[[Me
     def builder(method: Method, model: PreTrainedModel) -> nn.Module:
         if kbit:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        meta = next(model.parameters()).is_meta
-        without_values = _boft_without_values() if meta and method.name == "boft" else nullcontext()
-        with warnings.catch_warnings(), without_values:
-            # BOFT says that its CUDA extension could not be compiled; the bytes do not depend on it.
-            warnings.filterwarnings("ignore", category=UserWarning, module="peft.tuners.boft")
-            return get_peft_model(model, make(method.options.get("rank", _RANKED[method.name])))
+        return _with_adapter(model, make(method.options.get("rank", _RANKED[method.name])))
 
     return builder
+
+
+def _any_of_peft(method: Method, model: PreTrainedModel) -> nn.Module:
+    return _with_adapter(model, method.options["config"])
+
+
+def _with_adapter(model: PreTrainedModel, config: PeftConfig) -> nn.Module:
+    meta = next(model.parameters()).is_meta
+    without_values = _boft_without_values() if meta and isinstance(config, BOFTConfig) else nullcontext()
+    with warnings.catch_warnings(), without_values:
+        # BOFT says that its CUDA extension could not be compiled; the bytes do not depend on it.
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft.tuners.boft")
+        return get_peft_model(model, config)
 
 
 @contextmanager
@@ -236,4 +264,5 @@ _BUILDERS: dict[str, Callable[[Method, PreTrainedModel], nn.Module]] = {
     "svft": _svft,
     "svft-authors": _authors,
     "qsvft": _qsvft,
+    PEFT: _any_of_peft,
 }

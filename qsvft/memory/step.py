@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
@@ -17,14 +18,17 @@ from .ledger import Ledger
 def count_on(
     model: nn.Module,
     base: PreTrainedModel,
-    head: nn.Module,
+    head: nn.Module | None,
     batch_size: int,
     seq_len: int,
     gradient_checkpointing: bool,
     optimizer: str,
     record: bool = True,
+    batch: Mapping[str, Tensor] | None = None,
 ) -> tuple[Ledger, int]:
     """Count one training step of a model that is built already, on meta or on real tensors.
+
+    The step is of tokens that are their own labels, or of another ``batch`` that gives a loss.
 
     With ``record`` off the step runs as it is, for a device whose allocator is asked instead: the ledger
     takes bitsandbytes' products apart, which changes their bytes.
@@ -40,7 +44,9 @@ def count_on(
     if stepper is not None:
         _fill_state(stepper, trainable)
     device = next(model.parameters()).device
-    tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
+    if batch is None:
+        tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
+        batch = {"input_ids": tokens, "labels": tokens}
     ledger = Ledger()
     for tensor, category in held_tensors(model):
         ledger.register(tensor, category)
@@ -49,14 +55,15 @@ def count_on(
             for value in state.values():
                 if isinstance(value, Tensor):
                     ledger.register(value, "optimizer")
-    ledger.register(tokens, "temporaries")
+    for tensor in batch.values():
+        ledger.register(tensor, "temporaries")
     with ExitStack() as stack:
         if record:
             for context in (ledger, flash_attention(), autocast_on_meta()):
                 stack.enter_context(context)
         stack.enter_context(ledger.watch(model, head))
         ledger.phase = "forward"
-        output = model(input_ids=tokens, labels=tokens)
+        output = model(**batch)
         loss = output.loss
         if loss is None:
             raise ValueError(f"{type(base).__name__} returns no loss for labels; expected a causal language model")

@@ -6,7 +6,9 @@ import re
 import zipfile
 from pathlib import Path
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..storage.json_files import read_object
 from ..storage.tensor_files import TensorFiles
@@ -19,8 +21,8 @@ STATE = "trainer_state.json"
 def last_whole(folder: Path) -> Path | None:
     """The checkpoint with the most steps in a run's directory that training can go on from; None if there is none.
 
-    One is whole if its state, written last, can be read, the adapter's numbers have their length, and the optimizer's
-    file came to its end.
+    One is whole if its state, written last, can be read, the numbers of the adapter (or of the whole model) have their
+    length, and the optimizer's file came to its end.
     """
     numbered = [(int(match[1]), path) for path in folder.glob("*") if (match := _NUMBERED.fullmatch(path.name))]
     return next((path for _, path in sorted(numbered, reverse=True) if _is_whole(path)), None)
@@ -32,10 +34,19 @@ def steps_of(checkpoint: Path) -> int:
 
 
 def _is_whole(folder: Path) -> bool:
-    weights, optimizer = folder / "adapter_model.safetensors", folder / "optimizer.pt"
+    optimizer = folder / "optimizer.pt"
     try:
         read_object(folder / STATE)
-        TensorFiles.from_file(weights)
+        for name in _weights(folder):
+            TensorFiles.from_file(folder / name)
     except (OSError, ValueError):
         return False
     return not optimizer.exists() or zipfile.is_zipfile(optimizer)
+
+
+def _weights(folder: Path) -> set[str]:
+    """The files of an adapter, or those of a model that trained whole, in one or several."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.exists():
+        return set(read_object(index)[0]["weight_map"].values())
+    return {SAFE_WEIGHTS_NAME if (folder / SAFE_WEIGHTS_NAME).exists() else SAFETENSORS_WEIGHTS_NAME}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,9 @@ def train(
 
 
 def _run(plan: Plan, folder: Path, resumed: Path | None, say: Say, main: bool) -> Trained:
-    """Load, train, save and draw; every fault from here on is the run's."""
+    """Load, train, save and draw."""
     began = time.monotonic()
-    try:
+    with in_one_line(lambda: kept_of(folder)):
         trainer = _trainer(plan, say)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed is not None else None)
         trainer.save_model(str(folder))
@@ -126,22 +127,29 @@ def _run(plan: Plan, folder: Path, resumed: Path | None, say: Say, main: bool) -
             draw_losses(history, folder / PICTURE, f"{plan.base.name}, {plan.recipe.run.dataset}")
             _write_card(folder, plan, history)
             trainer.save_state()  # last: it says that the run came to its end
-    except KeyboardInterrupt:
-        raise TrainingError(f"interrupted. {_kept(folder)}", interrupted=True) from None
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the card's memory is full ({str(error).splitlines()[0]}); expected room for a step. Give --fit SIZE, a "
-            f"smaller --max-length or --per-device-train-batch-size. {_kept(folder)}"
-        ) from error
-    except FloatingPointError as error:
-        raise TrainingError(f"{error} {_kept(folder)}") from error
-    except Exception as error:  # of the data, of the disk, of a package in between: the run's end in one line
-        raise TrainingError(f"{type(error).__name__}: {' '.join(str(error).split())}. {_kept(folder)}") from error
     held = [log["eval_loss"] for log in history if "eval_loss" in log]
     losses = (held[0], held[-1]) if len(held) > 1 else (None, None)
     done = Trained(folder, trainer.state.global_step, time.monotonic() - began, *losses)
     say(str(done))
     return done
+
+
+@contextmanager
+def in_one_line(kept: Callable[[], str]) -> Iterator[None]:
+    """Every fault of a run from here on becomes a :class:`TrainingError`, which ends with what is ``kept``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise TrainingError(f"interrupted. {kept()}", interrupted=True) from None
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the card's memory is full ({str(error).splitlines()[0]}); expected room for a step. Give --fit SIZE, a "
+            f"smaller --max-length or --per-device-train-batch-size. {kept()}"
+        ) from error
+    except FloatingPointError as error:
+        raise TrainingError(f"{error} {kept()}") from error
+    except Exception as error:  # of the data, of the disk, of a package in between
+        raise TrainingError(f"{type(error).__name__}: {' '.join(str(error).split())}. {kept()}") from error
 
 
 def _write_card(folder: Path, plan: Plan, history: Sequence[Mapping[str, Any]]) -> None:
@@ -158,7 +166,8 @@ def _write_card(folder: Path, plan: Plan, history: Sequence[Mapping[str, Any]]) 
     write_card(folder, QSVFTConfig.from_pretrained(str(folder)), lines)
 
 
-def _kept(folder: Path) -> str:
+def kept_of(folder: Path) -> str:
+    """What there is to go on from in a run's folder, in a sentence."""
     found = last_whole(folder)
     if found is None:
         return "There is no whole checkpoint: the same command begins anew."

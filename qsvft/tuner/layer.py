@@ -353,7 +353,7 @@ class QSVFTLinear(AdaptedLinear):
         if not names:
             return
         for name in names:
-            self._check(name)
+            self._check(name, self._loads)
             try:
                 self.check_finite(name)
             except ValueError as error:  # PEFT's words, which callers know, and ours

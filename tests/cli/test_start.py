@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import qsvft
-from qsvft.memory.methods import _BUILDERS
+from qsvft.memory.methods import written_methods
 from qsvft.memory.presets import _PRESETS
 from qsvft.options.choices import METHODS, PRESETS
 from qsvft.options.started import is_the_command
@@ -95,5 +95,5 @@ def test_python_m_qsvft_is_the_command():
 
 def test_the_names_are_those_of_what_is_built():
     """They stand apart from it, so that a command line knows them without torch."""
-    assert tuple(_BUILDERS) == METHODS
+    assert tuple(written_methods()) == METHODS
     assert tuple(_PRESETS) == PRESETS

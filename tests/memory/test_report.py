@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from peft import BOFTConfig, LoraConfig
 from small_models import load
 from transformers import ViTConfig
 
@@ -13,6 +14,7 @@ from qsvft.memory import CARDS_GIB, METHODS, PRESETS, Row, parse_method
 from qsvft.memory.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, check_cards, fits, needed_bytes, usable_bytes
 from qsvft.memory.ledger import CATEGORIES, PHASES
 from qsvft.memory.measured import check_room
+from qsvft.memory.methods import Method
 from qsvft.memory.presets import model_config
 from qsvft.memory.profiler import LENGTH_STEP, LONGEST, longest_fitting
 from qsvft.memory.rows import RIVALS
@@ -191,6 +193,15 @@ def test_the_prediction_equals_a_real_step_to_the_byte(method):
     rows = [qsvft.profile("tiny", [method], seq_len=32, device=device).rows[0] for device in ("meta", "cpu")]
     assert rows[0].error is rows[1].error is None
     assert rows[0].categories == rows[1].categories
+
+
+@pytest.mark.parametrize(("text", "bits"), [("lora:8", 16), ("qlora:8", 4), ("boft:4", 16)])
+def test_any_config_of_pefts_is_counted_as_the_text_that_says_the_same(text, bits):
+    fields = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config = BOFTConfig(boft_block_size=4, **fields) if text.startswith("boft") else LoraConfig(r=8, **fields)
+    said, of_config = qsvft.profile("tiny", [text, Method.of("mine", config, bits)], 1, 32).rows
+    assert of_config.method == "mine" and of_config.error is None
+    assert of_config.categories == said.categories and of_config.trainable_parameters == said.trainable_parameters
 
 
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": False}, {"batch_size": 2}, {"seq_len": 128}])

@@ -167,6 +167,20 @@ def test_a_checkpoint_with_half_a_file_is_not_whole(run, tmp_path, damaged):
     assert last_whole(tmp_path) == tmp_path / "checkpoint-3"
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_checkpoint_of_a_whole_model_is_whole_with_all_its_files(llama, tmp_path, parts):
+    folder = tmp_path / "checkpoint-1"
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(folder, max_shard_size="1GB" if parts == 1 else "200KB")
+    files = sorted(folder.glob("*.safetensors"))
+    assert (len(files) > 1) == (parts > 1)
+    (folder / "trainer_state.json").write_text("{}")
+    assert last_whole(tmp_path) == folder
+    files[-1].write_bytes(files[-1].read_bytes()[:-8])
+    assert last_whole(tmp_path) is None
+    files[-1].unlink()
+    assert last_whole(tmp_path) is None
+
+
 def test_a_directory_that_holds_something_else_is_refused_and_left_as_it_is(run, place, tmp_path):
     done, _ = run
     with pytest.raises(ValueError, match="found a run that came to its end; expected another place"):
