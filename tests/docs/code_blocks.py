@@ -191,6 +191,15 @@ def arguments_parse(words: list[str]) -> None:
     raise AssertionError(f"{shlex.join(words)}: it parses no arguments")
 
 
+def is_an_experiment(words: list[str]) -> None:
+    """Let the experiments of the paper read what they are asked to run; without a name they only say something."""
+    from benchmarks.paper.__main__ import chosen, options
+
+    told = options(words[3:])
+    for name in told.experiments:
+        chosen(name, told)
+
+
 def is_a_launch(words: list[str]) -> None:
     """Let accelerate read its file and arguments, and the script its own."""
     arguments = launch_command_parser().parse_args(words[2:])
@@ -229,6 +238,7 @@ CHECKED_OTHERWISE: tuple[tuple[str, Callable[[list[str]], None], str], ...] = (
     ("pip install", is_a_project, "downloads gigabytes"),
     ("python benchmarks/", arguments_parse, "takes minutes; tests/test_benchmarks.py runs them at toy size"),
     ("python examples/", arguments_parse, "takes a minute; `make demo` runs it"),
+    ("python -m benchmarks.paper", is_an_experiment, "takes a card, models and hours; tests/paper/ runs it small"),
     ("accelerate launch", is_a_launch, "needs two cards; tests/distributed/ runs it on processors"),
     *((f"qsvft {one}", understood, "tests/cli/test_train_command.py runs it") for one in RUN_BY_A_TEST),
     ("benchmarks/gpu/", is_executable, "needs a card; tests/test_gpu_suite.py rehearses it"),
