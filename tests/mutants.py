@@ -2744,6 +2744,36 @@ MUTANTS = (
         '_correlation("pearsonr",',
         ("paper/test_scores_glue.py",),
     ),
+    Mutant(
+        "each layer of the paper's models counts as much as the first with all around it",
+        "benchmarks/paper/counts.py",
+        "return one + (config.num_hidden_layers - 1) * (two - one)",
+        "return config.num_hidden_layers * one",
+        ("paper/test_paper_counts.py::test_a_count_is_the_papers_or_it_is_said_why_not",),
+    ),
+    Mutant(
+        "BOFT is counted as this machine would train it, without the CUDA extension",
+        "benchmarks/paper/counts.py",
+        '"get_fbd_cuda", lambda: True',
+        '"get_fbd_cuda", lambda: False',
+        ("paper/test_paper_counts.py::test_a_count_is_the_papers_or_it_is_said_why_not",),
+    ),
+    Mutant(
+        "the fresh head is counted among what a method trains",
+        "benchmarks/paper/counts.py",
+        "if one.requires_grad and not is_head(name))",
+        "if one.requires_grad)",
+        ("paper/test_paper_counts.py::test_a_count_holds_no_value_and_no_head",),
+    ),
+    Mutant(
+        "a count agrees with the paper's where its digits were cut",
+        "benchmarks/paper/counts.py",
+        'return f"{count / _UNITS[found[3]]:.{digits}f}" == found[1]',
+        'return f"{int(count / _UNITS[found[3]] * 10**digits) / 10**digits:.{digits}f}" == found[1]',
+        (
+            "paper/test_paper_counts.py::test_a_count_agrees_where_it_is_the_same_rounded_to_the_digits_that_are_printed",
+        ),
+    ),
 )
 
 
