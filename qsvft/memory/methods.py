@@ -51,6 +51,7 @@ from ..storage.quantization import quantize
 from ..storage.shapes_only import shapes_only
 from ..tuner.config import QSVFTConfig
 from ..tuner.targets import check_targets
+from ..tuner.tasks import left_whole
 from .factored import factor_linears
 from .shapes import nf4_on_meta
 
@@ -158,7 +159,7 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
             split_experts(model)
         # transformers' and bitsandbytes' 4 bits, which the others stand on, leave experts in parameters dense.
         dense = [name for name, module in model.named_modules() if expert_parameters(module)]
-        left = _residual_layers(method, model) if method.name == "qsvft" else ()
+        left = [*(_residual_layers(method, model) if method.name == "qsvft" else ()), *_trained_whole(method, model)]
         model = nf4_on_meta(model, left) if meta else quantize(model, 4, dense, progress=False, skip_layers=left)
     with shapes_only():
         built = _BUILDERS[method.name](method, model)
@@ -169,6 +170,13 @@ def build(method: Method, model: PreTrainedModel) -> nn.Module:
     if method.options.get("tile_mlp"):
         tile_mlps(model)
     return built.to("meta") if meta else built
+
+
+def _trained_whole(method: Method, model: PreTrainedModel) -> list[str]:
+    """The layers of heads, which train whole and are therefore not quantised."""
+    config = method.options.get("config")
+    heads = [] if config is None else [*(getattr(config, "modules_to_save", None) or ()), *left_whole(config)]
+    return [name for name, _ in model.named_modules() if any(part in heads for part in name.split("."))]
 
 
 def _residual_layers(method: Method, model: PreTrainedModel) -> list[str]:
