@@ -201,7 +201,7 @@ def smaller(experiment: Experiment, method: Method) -> Iterator[tuple[str, Exper
     said: dict[str, Any] = {}
 
     def told() -> str:
-        return " ".join(f"--set {name}={str(value).lower()}" for name, value in said.items())
+        return " ".join(["--set", *(f"{name}={str(value).lower()}" for name, value in said.items())]) if said else ""
 
     def changed(bits: int) -> tuple[Experiment, Method]:
         training = {**experiment.training, **said}

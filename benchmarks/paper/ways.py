@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ def config_of(method: Method, task_type: str | None) -> PeftConfig:
             f"{method.name}: way: found {method.way!r}; expected one of {', '.join(WHOLE)}, or of PEFT's: {known}"
         )
     try:
-        return kind(task_type=task_type, **method.options)
+        return kind(task_type=task_type, **copy.deepcopy(dict(method.options)))  # PEFT adds to the lists in it
     except (TypeError, ValueError) as error:
         raise ValueError(f"{method.name}: options: {' '.join(str(error).split())}") from error
 

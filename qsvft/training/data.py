@@ -83,6 +83,8 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
     path = Path(name)
     try:
         if path.is_file():
+            if not path.stat().st_size:
+                raise ValueError("the file is empty")
             return datasets.load_dataset(_builder(path), data_files=str(path), split=split, **_how(path))
         if path.is_dir() and any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(str(path))
