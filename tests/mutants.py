@@ -2943,6 +2943,7 @@ def run(mutant: Mutant | None, tests: tuple[str, ...]) -> Outcome:
         shutil.copytree(ROOT / "tests", copy / "tests", ignore=leave)
         shutil.copytree(ROOT / "benchmarks", copy / "benchmarks", ignore=leave_results)
         shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "examples").symlink_to(ROOT / "examples")
         (copy / "copy_guard.py").write_text(GUARD, encoding="utf-8")
         if mutant is not None:
             mutant.apply(copy)

@@ -240,6 +240,13 @@ def test_a_compiled_step_is_timed_beside_the_one_as_it_is(speed, tmp_path, monke
     assert "torch.compile" in capsys.readouterr().out
 
 
+def test_the_coefficients_of_a_group_are_timed_both_ways(speed, tmp_path):
+    status, found = run(speed, tmp_path, "grouped", *SMALL)
+    assert status == 0 and len(found["rows"]) == 2
+    for row in found["rows"]:
+        assert row["methods"].keys() == {"a product each", "one product of all"}
+
+
 def test_a_checkpoint_is_stepped_with_its_own_weights(speed, llama, tmp_path):
     told = ("models", "--short", "--models", "--model", str(llama), "--methods", "svft")
     models = speed("models")

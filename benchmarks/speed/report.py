@@ -23,7 +23,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     by_stage: dict[str, list[Row]] = {}
     for row in rows:
         by_stage.setdefault(row["stage"] if row["status"] == "ran" else "failed", []).append(row)
-    for stage in ("layer", "step", "compiled"):
+    for stage in ("layer", "step", "compiled", "grouped"):
         for row in by_stage.get(stage, ()):
             yield _methods(row)
     for row in by_stage.get("roof", ()):

@@ -25,6 +25,7 @@ from typing import Any
 
 import compiled
 import floor
+import grouped
 import growth
 import layers
 import models
@@ -43,7 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 from qsvft.storage.whole_files import write_whole
 
 SHORT_SECTIONS = ("layers", "models", "floor", "growth")
-SECTIONS = (*SHORT_SECTIONS, "compiled")
+SECTIONS = (*SHORT_SECTIONS, "compiled", "grouped")
 OUTPUT, SHORT = ROOT / "benchmarks" / "results" / "speed", ROOT / "out" / "speed"
 SHORT_TOKENS = 256
 FAILED = 4
@@ -145,6 +146,8 @@ def measure(told: argparse.Namespace, console: Console) -> Rows:
         floor.run(bench, told.shapes, told.tokens, whole, told.short)
     if "compiled" in told.sections:
         compiled.run(bench, whole)
+    if "grouped" in told.sections:
+        grouped.run(bench, told.shapes, told.tokens)
     if "growth" in told.sections:
         start, axes = (growth.SMALL, ("tokens", "rank")) if told.short else (growth.Point(), growth.AXES)
         growth.run(bench, start, axes)

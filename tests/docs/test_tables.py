@@ -103,6 +103,17 @@ def test_a_compiled_step_of_the_speed_page_was_measured():
         assert row["`torch.compile`"] == f"{one['ratio']:.2f} ({one['ratio_p20']:.2f} to {one['ratio_p80']:.2f})"
 
 
+def test_what_one_product_for_a_group_saves_was_measured():
+    path = ROOT / "benchmarks" / "results" / "speed" / "cpu-grouped" / "speed.json"
+    found = [row["methods"] for row in json.loads(path.read_text())["rows"]]
+    pairs = [(methods["a product each"], methods["one product of all"]) for methods in found]
+    ratios = [one["ratio"] for _, one in pairs]
+    saved = max(each["median_ms"] - one["median_ms"] for each, one in pairs)
+    page = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of the time" in page
+    assert f"saves at most {saved:.1f} ms a layer" in page
+
+
 def test_the_claim_of_the_readme_stands_beside_its_settings():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (claim,) = [part for part in readme.split("\n\n") if "5.65 GiB" in part]
