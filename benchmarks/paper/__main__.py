@@ -18,7 +18,7 @@ import difflib
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,19 @@ def _all_runs(experiment: Experiment, told: argparse.Namespace) -> int:
     if not told.dry_run:
         done = [run.row() for run in runs if run.done]
         if done:
-            write_whole(told.output / experiment.name / RESULTS, json.dumps(done, indent=1).encode() + b"\n")
+            _write(told.output / experiment.name / RESULTS, done)
         Console(width=None if sys.stdout.isatty() else 200).print(table(experiment, done))
     return failed
+
+
+def _write(path: Path, done: Sequence[Mapping[str, Any]]) -> None:
+    """Rows into a file of results, in the place of those of the same runs; those of others stay."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        before = []
+    rows = {(row["method"], row["seed"]): row for row in (*before, *done)}
+    write_whole(path, json.dumps(list(rows.values()), indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

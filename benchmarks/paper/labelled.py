@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from qsvft.training.data import load_split
 
 from .experiment import Data, Experiment
-from .scores.glue import accuracy
+from .scores.glue import accuracy, check_installed
 from .scores.glue import figures as glue_figures
 from .ways import Batches, is_head
 
@@ -120,7 +120,13 @@ class Labelled:
         raise NotImplementedError
 
     def arguments(self, given: Mapping[str, Any], folder: Path) -> Any:
-        """The trainer's arguments."""
+        """The trainer's arguments.
+
+        Raises:
+            ImportError: nothing is installed by which its answers could be judged.
+            ValueError: an argument that the trainer does not have, or refuses.
+        """
+        check_installed()
         defaults = {
             "warmup_steps": 0.1,
             "save_steps": 0.1,

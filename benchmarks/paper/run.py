@@ -142,6 +142,7 @@ class OneRun:
             "method": self.method.name,
             "seed": self.seed,
             **(self.trained or {}),
+            "asked": {name: len(rows) for name, rows in self.kind.asked.items()},
             "scores": self.scores,
         }
 

@@ -103,6 +103,16 @@ def test_what_is_done_is_not_done_again_and_its_table_is_shown(four_steps, tmp_p
     assert "SVFT plain" in said and "not run" not in said and "predicted" not in said
 
 
+def test_results_of_other_methods_and_seeds_stay_beside_new_ones(told, tmp_path):
+    for method, seed in (("SVFT plain", "0"), ("LoRA r=1", "0"), ("LoRA r=1", "1")):
+        command = told(NAME, method, tmp_path)
+        command[command.index("--seeds") + 1] = seed
+        assert main(command) == 0
+    rows = json.loads(next(tmp_path.rglob("results.json")).read_text())
+    assert [(row["method"], row["seed"]) for row in rows] == [("SVFT plain", 0), ("LoRA r=1", 0), ("LoRA r=1", 1)]
+    assert all(row["asked"] == {"GSM8K": 3, "MATH": 3} for row in rows)
+
+
 def test_a_folder_of_a_run_with_other_settings_is_refused_and_left_as_it_is(four_steps, tmp_path, capsys):
     assert main(four_steps("SVFT plain", "whole")) == 0
     _, row, _ = outcome(tmp_path / "whole", "SVFT plain")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -156,3 +157,10 @@ def test_a_label_that_was_not_trained_on_is_named(told, tmp_path, capsys):
     path.write_text('{"sentence1": "a", "sentence2": "b", "label": 7}\n')
     command[place] = f"RTE={path}"
     assert "found the label 7; expected one of those trained on, [0, 1]" in refused(command, capsys)
+
+
+def test_without_the_libraries_that_judge_its_answers_nothing_is_trained(told, tmp_path, monkeypatch, capsys):
+    command = told("table-3-rte", "LoRA r=8", tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    assert "pip install 'qsvft[paper]'" in refused(command, capsys)
+    assert not (tmp_path / "out").exists()

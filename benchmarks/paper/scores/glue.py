@@ -87,6 +87,16 @@ def figures(task: str, predictions: Values, references: Values) -> dict[str, flo
         raise ValueError(f"{task}: {error}") from error
 
 
+def check_installed() -> None:
+    """Refuse where scikit-learn or scipy is missing, before anything is trained.
+
+    Raises:
+        ImportError: saying what to install.
+    """
+    for name in ("sklearn.metrics", "scipy.stats"):
+        _library(name)
+
+
 def _correlation(name: str, predictions: Values, references: Values) -> float:
     _check_numbers(predictions, references)
     _check_varied(references)
