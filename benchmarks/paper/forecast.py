@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from qsvft.lean.norms import lean_norms
 from qsvft.memory.cards import GIB, needed_bytes
 from qsvft.memory.methods import Method as Counted
 from qsvft.memory.methods import build
@@ -185,13 +186,15 @@ def without_values(method: Method, base: Any, task_type: str | None) -> nn.Modul
     """The model that a method trains, without values, of a base without values; the base is changed in place."""
     if method.way in WHOLE:
         return trains_whole(base, method)
-    ours = method.way == OURS
-    if ours and method.calibration:
+    if method.way == OURS and method.calibration:
         method = replace(method, options=with_basis(dict(method.options), method.calibration, method.bits == 4))
-    # As qsvft.prepare and from_pretrained have it, the norms keep less and the loss goes through the logits in chunks.
-    lean = {"chunked_loss": ours and task_type == "CAUSAL_LM"}
+    counted = Counted.of(method.name, config_of(method, task_type), method.bits)
+    if method.way == OURS and task_type == "CAUSAL_LM":
+        counted = Counted(method.name, "qsvft", {**method.options, "bits": method.bits})
+    elif method.way == OURS:
+        base = lean_norms(base)  # as qsvft.prepare has it
     with shapes_only():
-        return build(Counted.of(method.name, config_of(method, task_type), method.bits, **lean), base)
+        return build(counted, base)
 
 
 def smaller(experiment: Experiment, method: Method) -> Iterator[tuple[str, Experiment, Method]]:

@@ -53,15 +53,24 @@ def test_more_at_once_takes_more_and_more_questions_take_longer(told, tmp_path, 
     assert forecast(first_run(command)).asking_seconds == 2 * few.asking_seconds
 
 
-def test_the_predicted_peak_of_a_wide_model_is_the_profilers(told, tmp_path):
-    """On the shapes of Gemma-2B, LoRA of PEFT and full fine-tuning, as ``qsvft profile`` counts them."""
-    method = read_experiment("table-1-gemma-2b").methods["LoRA r=32"]
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [
+        ("LoRA r=32", None),
+        ("qsvft", "qsvft:basis=data,residual=true"),
+        ("SVFT plain", "qsvft:bits=16,pattern=plain,sides=both,factor_bits=16,rank=full"),
+    ],
+)
+def test_the_predicted_peak_is_the_profilers(name, counted):
+    """On two layers of Gemma-2B, 4 sequences of 512 tokens."""
+    method = read_experiment("table-1-gemma-2b").methods[name]
     config = model_config("gemma-2b")
     config.num_hidden_layers = 2
     base = model_without_values(config)
     model = without_values(method, base, "CAUSAL_LM")
     ledger, trained = count_on(model, base, base.get_output_embeddings(), 4, 512, False, "adamw")
-    (row,) = qsvft.profile(config, [Method.of("LoRA", config_of(method, "CAUSAL_LM"))], 4, 512, False).rows
+    of_pefts = Method.of(name, config_of(method, "CAUSAL_LM"))
+    (row,) = qsvft.profile(config, [counted or of_pefts], 4, 512, False).rows
     assert ledger.peaks()["total"].nbytes == row.peak_bytes and trained == row.trainable_parameters
 
 
