@@ -21,7 +21,7 @@ from qsvft.training.checkpoints import last_whole
 from qsvft.training.progress import shown
 from qsvft.training.train import in_one_line, kept_of
 
-from .experiment import WHOLE, Experiment, Method
+from .experiment import OURS, WHOLE, Experiment, Method
 from .images import Images
 from .language import Language
 from .sentences import Sentences
@@ -183,7 +183,9 @@ class OneRun:
             set_seed(self.seed)  # a fresh head is drawn before what was saved of it is read
             return self.kind.load(dtype, self.folder / MODEL if self.method.way in WHOLE else None)
 
-        return trained_again(self.method, self.folder / MODEL, load)
+        model = trained_again(self.method, self.folder / MODEL, load)
+        # What qsvft.load gives is there already.
+        return model.to("cuda") if torch.cuda.is_available() and self.method.way != OURS else model
 
     def _ask(self, model: Any, name: str) -> None:
         model.eval()
