@@ -56,7 +56,7 @@ def test_there_are_ten_rooms_and_the_doors_and_nothing_lies_about():
 
 
 def test_no_two_files_of_tests_have_one_name():
-    """A process that a test starts finds the test's functions by the file's name alone; pytest knows its own by place."""
+    """A process that a test starts finds the test's functions by the file's name alone (a conftest.py by its place)."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert sorted(names) == sorted(set(names))
 
