@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,8 @@ if __name__ == "__main__":
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    # A hub that cannot be reached is said once, in one line, not at each retry.
+    getLogger("huggingface_hub").setLevel(ERROR)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     sys.exit(main())

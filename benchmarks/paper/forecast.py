@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from qsvft.lean.norms import lean_norms
 from qsvft.memory.cards import GIB, needed_bytes
 from qsvft.memory.methods import Method as Counted
 from qsvft.memory.methods import build
-from qsvft.memory.presets import model_config
 from qsvft.memory.step import count_on
 from qsvft.storage.shapes_only import shapes_only
 from qsvft.training.forecast import in_words, present_card, seconds_of, steps_of_run
@@ -27,6 +26,7 @@ from qsvft.tuner.calibration import with_basis
 
 from .experiment import FULL, OURS, WHOLE, Experiment, Method
 from .run import OneRun, arguments_of
+from .shapes import shape_of
 from .ways import config_of, trains_whole
 
 _LOOKED_AT = 500
@@ -79,24 +79,6 @@ class Forecast:
             f"{self.steps} steps in roughly {in_words(self.seconds)}, asking at most {in_words(self.asking_seconds)}"
         )
         return f"{memory}; {times}; {disk}"
-
-
-def shape_of(experiment: Experiment) -> PretrainedConfig:
-    """The config of an experiment's model: of the model itself where it is at hand, of ``shapes`` elsewhere.
-
-    Raises:
-        ValueError: neither is known.
-    """
-    try:
-        return AutoConfig.from_pretrained(experiment.model)
-    except (OSError, ValueError):
-        shapes = experiment.shapes
-        if isinstance(shapes, str):
-            return model_config(shapes)
-        if isinstance(shapes, Mapping):
-            fields = dict(shapes)
-            return AutoConfig.for_model(fields.pop("model_type"), **fields)
-        raise
 
 
 def forecast(run: OneRun, checkpointing: bool | None = None) -> Forecast:

@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .experiment import Data
 from .labelled import Labelled, column_of
+from .shapes import part_of, shape_of
 
 
 class Images(Labelled):
@@ -22,11 +23,12 @@ class Images(Labelled):
     @cached_property
     def processor(self) -> Any:
         """The base's: sizes and colours."""
-        return AutoImageProcessor.from_pretrained(self.experiment.model)
+        with part_of(self.experiment.model, "image processor"):
+            return AutoImageProcessor.from_pretrained(self.experiment.model)
 
     def read(self, rows: Dataset, data: Data) -> Dataset:
         """Pixels and labels, made as they are asked for."""
-        image, label = column_of(data, "image"), column_of(data, "label")
+        processor, image, label = self.processor, column_of(data, "image"), column_of(data, "label")
         missing = [name for name in (image, label) if name not in rows.column_names]
         if missing:
             raise ValueError(
@@ -35,16 +37,14 @@ class Images(Labelled):
             )
 
         def pixels(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
-            found = self.processor([one.convert("RGB") for one in batch[image]], return_tensors="pt")
+            found = processor([one.convert("RGB") for one in batch[image]], return_tensors="pt")
             return {"pixel_values": found["pixel_values"], "labels": [self.label(value) for value in batch[label]]}
 
         return rows.with_transform(pixels)
 
     def lengths(self, most: int) -> list[int]:
         """Patches and the class token of an image, all alike."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.experiment.model)
+        config = shape_of(self.experiment)
         return [(config.image_size // config.patch_size) ** 2 + 1]
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

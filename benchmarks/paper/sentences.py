@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
+
+from qsvft.training.plan import base_tokenizer
 
 from .experiment import Data
 from .labelled import Labelled, column_of
@@ -25,7 +27,7 @@ class Sentences(Labelled):
     @cached_property
     def tokenizer(self) -> Any:
         """The base's."""
-        return AutoTokenizer.from_pretrained(self.experiment.model)
+        return base_tokenizer(self.experiment.model)
 
     def read(self, rows: Dataset, data: Data) -> Dataset:
         """Token ids and labels."""

@@ -10,8 +10,9 @@ import qsvft
 from benchmarks.paper import forecast as module
 from benchmarks.paper.__main__ import chosen, main, options
 from benchmarks.paper.experiment import read_experiment
-from benchmarks.paper.forecast import forecast, shape_of, smaller, without_values
+from benchmarks.paper.forecast import forecast, smaller, without_values
 from benchmarks.paper.run import OneRun
+from benchmarks.paper.shapes import shape_of
 from benchmarks.paper.ways import config_of
 from qsvft.memory.cards import GIB, needed_bytes
 from qsvft.memory.methods import Method

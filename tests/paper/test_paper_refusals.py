@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 from huggingface_hub.errors import GatedRepoError
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.experiment import merged, names, read_experiment
@@ -106,14 +106,22 @@ def test_a_command_with_a_fault_is_refused_in_one_line(told, tmp_path, given, sa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_behind_a_gate_is_named_in_one_line(told, tmp_path, monkeypatch, capsys):
-    def gated(name, *given, **options):
-        raise OSError(f"You are trying to access a gated repo.\nMake sure to have access to it at {name}.") from (
+@pytest.mark.parametrize(
+    ("name", "method", "reads"),
+    [
+        (NAME, "SVFT plain", AutoTokenizer),
+        ("table-3-rte", "LoRA r=8", AutoTokenizer),
+        ("table-4-food101-vit-b", "LoRA r=8", AutoImageProcessor),
+    ],
+)
+def test_a_model_behind_a_gate_is_named_in_one_line(told, tmp_path, name, method, reads, monkeypatch, capsys):
+    def gated(model, *given, **options):
+        raise OSError(f"You are trying to access a gated repo.\nMake sure to have access to it at {model}.") from (
             GatedRepoError.__new__(GatedRepoError)
         )
 
-    command = told(NAME, "SVFT plain", tmp_path)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", gated)
+    command = told(name, method, tmp_path)
+    monkeypatch.setattr(reads, "from_pretrained", gated)
     line = refused(command, capsys)
     assert "You are trying to access a gated repo." in line and str(command[command.index("--model") + 1]) in line
 
