@@ -2873,10 +2873,10 @@ MUTANTS = (
         ("paper/test_paper_runs.py::test_an_answer_ends_before_the_first_of_what_it_stops_at",),
     ),
     Mutant(
-        "the choice is likely by its prompt and not by itself",
+        "a choice is as likely as what comes one token later",
         "benchmarks/paper/language.py",
-        "first = min(len(before), min(map(len, rows)) - 1)",
-        "first = 1",
+        "logits[first - 1 : len(row) - 1]",
+        "logits[first : len(row)]",
         ("paper/test_paper_runs.py::test_the_likeliest_choice_is_the_one_of_the_highest_probability",),
     ),
     Mutant(

@@ -30,7 +30,12 @@ def first_run(command):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("table-1-gemma-2b", "SVFT plain"), ("table-3-rte", "LoRA r=1"), ("table-4-food101-vit-b", "qsvft")],
+    [
+        ("table-1-gemma-2b", "SVFT plain"),
+        ("table-3-rte", "qsvft"),
+        ("table-3-rte", "QLoRA r=16"),
+        ("table-4-food101-vit-b", "qsvft"),
+    ],
 )
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(told, tmp_path, capsys, name, method):
     assert main([*told(name, method, tmp_path), "--dry-run"]) == 0
