@@ -7,7 +7,6 @@ where the data begin in each file that safetensors' own writer writes, in bytes 
 import gc
 import os
 
-gc.disable()  # see pytest_collection_finish
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -39,6 +38,10 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 torch.set_num_threads(int(os.environ.get("QSVFT_TEST_THREADS", "1")))
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection():
+    gc.disable()
 
 
 def pytest_collection_finish():

@@ -13,7 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 ROOT = Path(__file__).parents[1]
 QUALITY = ROOT / "benchmarks" / "quality"
@@ -64,7 +70,16 @@ def encoder(tmp_path_factory):
     return folder
 
 
-def call(monkeypatch, jobs, data, runs, model=ROOT / "examples" / "base-model"):
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """The shipped model with the first of its layers alone: a method does the same to each."""
+    folder, shipped = tmp_path_factory.mktemp("shallow"), ROOT / "examples" / "base-model"
+    AutoModelForCausalLM.from_pretrained(shipped, num_hidden_layers=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(shipped).save_pretrained(folder)
+    return folder
+
+
+def call(monkeypatch, jobs, data, runs, model):
     """Do every run of a study of these jobs; the lines."""
     import run
     import studies
@@ -160,7 +175,6 @@ def test_a_run_is_hopeless_where_it_is_far_above_the_best_of_the_same_batches():
 
 def test_the_text_of_a_choice_is_asked_for_in_place_of_its_number():
     from questions import encode
-    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "base-model")
     example = encode("which?\n\nAnswer1: a cat Answer2: dogs\n\nAnswer format: answer1/answer2", "answer2", tokenizer)
@@ -174,7 +188,6 @@ def test_the_text_of_a_choice_is_asked_for_in_place_of_its_number():
 
 def test_a_question_whose_choices_are_not_as_said_is_refused():
     from questions import encode
-    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "base-model")
     with pytest.raises(SystemExit, match="none of 'one', 'two'"):
@@ -187,7 +200,6 @@ def test_a_question_whose_choices_are_not_as_said_is_refused():
 def test_the_likeliest_choice_is_the_answer_given():
     from language import LanguageTask
     from questions import encode
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = ROOT / "examples" / "base-model"
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -256,16 +268,19 @@ def soon_settled(config, **fields):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # PEFT's FRoD
-def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, data, tmp_path, capsys):
+def test_every_method_trains_and_has_its_line_its_row_and_its_dot(monkeypatch, shallow, data, tmp_path, capsys):
     import report
     from methods import METHODS
 
-    # Of those that differ in a rank, in their off-diagonals or in another number alone, one.
-    numbers = ("k=32", "k=56", "k=64", "k=130", "k=192", "r=2", "d=2", "d=32", "by 0.0, dense k=96", "back, dense k=96")
-    names = [name for name in METHODS if not name.endswith((*numbers, "data, dense k=96", "singular, dense k=96"))]
+    # Of those that differ in numbers alone, the first.
+    kinds = {}
+    for name, method in METHODS.items():
+        said = ((option, isinstance(value, str | bool) and value) for option, value in sorted(method.options.items()))
+        kinds.setdefault((method.build, *said), name)
+    names = list(kinds.values())
     monkeypatch.setattr("sweep.next_rate", lambda start, losses: None if losses else start)
     monkeypatch.setattr(peft, "EvaConfig", functools.partial(soon_settled, peft.EvaConfig))
-    rows = call(monkeypatch, [job("boolq", name) for name in names], data, tmp_path)
+    rows = call(monkeypatch, [job("boolq", name) for name in names], data, tmp_path, shallow)
     found = {row["method"]: row for row in rows}
     assert list(found) == ["before training", *names]
     for name, row in found.items():
@@ -327,10 +342,10 @@ def test_a_base_rounded_in_a_frame_is_as_close_to_the_weights_as_one_rounded_as_
             assert errors == [0, 0], name
 
 
-def test_word_problems_are_scored_by_the_number_that_is_written(monkeypatch, data, tmp_path):
+def test_word_problems_are_scored_by_the_number_that_is_written(monkeypatch, shallow, data, tmp_path):
     import language
 
-    rows = call(monkeypatch, [job("gsm8k", "LoRA r=8", exact_match=True, seeds=(3,))], data, tmp_path)
+    rows = call(monkeypatch, [job("gsm8k", "LoRA r=8", exact_match=True, seeds=(3,))], data, tmp_path, shallow)
     assert all(0 <= row["exact_match"] <= 1 for row in rows if row.get("loss") is not None)
     assert language._number("so <<3>>\n#### 1,234.") == "1234" == language._number("#### 1234")
     assert language._number("no number") is None
@@ -343,7 +358,7 @@ def test_sentences_train_an_encoder_with_a_new_head(monkeypatch, data, encoder, 
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
 
 
-def test_no_run_is_done_twice_and_an_interrupted_study_goes_on(monkeypatch, data, tmp_path):
+def test_no_run_is_done_twice_and_an_interrupted_study_goes_on(monkeypatch, shallow, data, tmp_path):
     import training
 
     jobs = [job("gsm8k", "LoRA r=8", seeds=(0, 1))]
@@ -357,20 +372,21 @@ def test_no_run_is_done_twice_and_an_interrupted_study_goes_on(monkeypatch, data
 
     monkeypatch.setattr(training, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, jobs, data, tmp_path)
+        call(monkeypatch, jobs, data, tmp_path, shallow)
     kept = (tmp_path / "runs.jsonl").read_text()
     assert kept.count("\n") == 3  # the model before training, and two rates
-    rows = call(monkeypatch, jobs, data, tmp_path)
+    rows = call(monkeypatch, jobs, data, tmp_path, shallow)
     assert (tmp_path / "runs.jsonl").read_text().startswith(kept)
     done = [(row["rate"], row["seed"]) for row in rows[1:]]
     assert len(set(done)) == len(done) and {seed for _, seed in done} == {0, 1}
-    assert call(monkeypatch, jobs, data, tmp_path) == rows
+    assert call(monkeypatch, jobs, data, tmp_path, shallow) == rows
     assert not list(tmp_path.glob("*.lock"))
 
 
-def test_the_same_seed_gives_the_same_losses(monkeypatch, data, tmp_path):
+def test_the_same_seed_gives_the_same_losses(monkeypatch, shallow, data, tmp_path):
     monkeypatch.setattr("sweep.next_rate", lambda start, losses: None if losses else start)
-    first, second = (call(monkeypatch, [job("gsm8k", "LoRA r=8")], data, tmp_path / name)[1] for name in "ab")
+    jobs = [job("gsm8k", "LoRA r=8")]
+    first, second = (call(monkeypatch, jobs, data, tmp_path / name, shallow)[1] for name in "ab")
     assert first["losses"] == second["losses"] and first["loss"] == second["loss"]
 
 
@@ -430,13 +446,12 @@ def test_every_way_to_round_a_weight_is_about_as_exact_as_nf4_and_finer_blocks_a
     assert errors["residual, 1/8 of the rank", 64] < min(errors[name, 64] for name in WAYS if "residual" not in name)
 
 
-def test_what_rounding_costs_is_a_table_of_three_models(monkeypatch, data, encoder, tmp_path, capsys):
+def test_what_rounding_costs_is_a_table_of_three_models(monkeypatch, shallow, data, encoder, tmp_path, capsys):
     import rounding
 
-    model = ROOT / "examples" / "base-model"
     monkeypatch.setattr(rounding, "WAYS", {"NF4(W)": rounding.nf4})
     path = tmp_path / "rounding.json"
-    rounding.main(["--data", str(data), "--model", str(model), "--minilm", str(encoder), "--json", str(path)])
+    rounding.main(["--data", str(data), "--model", str(shallow), "--minilm", str(encoder), "--json", str(path)])
     found = json.loads(path.read_text())
     assert list(found) == ["shipped model, loss", "language model, loss", "encoder, error"]
     assert all(list(rows) == ["bf16", "NF4(W), blocks of 64", "NF4(W), blocks of 32"] for rows in found.values())
@@ -444,7 +459,7 @@ def test_what_rounding_costs_is_a_table_of_three_models(monkeypatch, data, encod
     assert found["shipped model, loss"]["bf16"] != found["shipped model, loss"]["NF4(W), blocks of 64"]
     assert "NF4(W), blocks of 32" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        rounding.main(["--model", str(model)])
+        rounding.main(["--model", str(shallow)])
     assert "--model and --minilm want --data" in capsys.readouterr().err
 
 
@@ -460,7 +475,7 @@ def test_a_job_takes_the_best_rate_of_the_sweep_that_it_names():
     assert last.next_run(rows) is None
 
 
-def test_a_method_that_fails_stops_no_other(monkeypatch, data, tmp_path):
+def test_a_method_that_fails_stops_no_other(monkeypatch, shallow, data, tmp_path):
     from methods import Method
     from studies import Job
 
@@ -470,7 +485,7 @@ def test_a_method_that_fails_stops_no_other(monkeypatch, data, tmp_path):
     monkeypatch.setattr("studies.next_run", lambda start, seeds, losses: None if losses else (start, 0))
     jobs = [Job("boolq", Method("broken", "torch", 1e-3, {}, broken), 2, 4), job("boolq", "LoRA r=8")]
     with pytest.raises(SystemExit, match="1 methods failed"):
-        call(monkeypatch, jobs, data, tmp_path)
+        call(monkeypatch, jobs, data, tmp_path, shallow)
     rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["before training", "LoRA r=8"]
 
