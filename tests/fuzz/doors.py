@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ class Door:
             return None if _says_where(error, folder) else f"says not where: {type(error).__name__}: {error}"[:600]
         except Exception as error:  # what nobody foresaw
             return f"raw {type(error).__name__}: {error}"[:600]
-        return "comes out otherwise without a word" if self.bound and found != self.read(self.folder) else None
+        return "comes out otherwise without a word" if self.bound and found != self.expected else None
+
+    @cached_property
+    def expected(self) -> str:
+        """What comes of the whole folder."""
+        return self.read(self.folder)
 
 
 @dataclass(frozen=True)
