@@ -28,7 +28,7 @@ from streaming import GIB, Memory, make_checkpoint, resident
 FORMATS = ("lora", "dense")
 
 
-def make_adapter(base: str, folder: str) -> None:
+def make_adapter(base: Path, folder: Path) -> None:
     """An adapter of a prepared base, with random M."""
     import qsvft
 
@@ -62,7 +62,7 @@ def in_a_process(*arguments: str) -> str:
     """Run this script's other side; its last line."""
     command = [sys.executable, "-W", "ignore", __file__, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return (done.stdout.splitlines() or [""])[-1]
+    return done.stdout.splitlines()[-1]
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
         make_checkpoint(source, layers, parsed.width)
         qsvft.prepare_checkpoint(source, base, rank=parsed.rank)
         shutil.rmtree(source)
-        in_a_process("adapter", str(base), str(adapter))
+        make_adapter(base, adapter)
         for form in FORMATS:
             target = parsed.folder / f"{form}-{layers}"
             shutil.rmtree(target, ignore_errors=True)
@@ -118,7 +118,5 @@ def show(rows: list[dict[str, float]], width: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["export"]:
         print(json.dumps(export(*sys.argv[2:6])))
-    elif sys.argv[1:2] == ["adapter"]:
-        make_adapter(*sys.argv[2:4])
     else:
         main()

@@ -1,6 +1,6 @@
 """Residual quantisation: the error of the base weight, and what it does to a model before any training.
 
-    python benchmarks/residual.py [--minilm DIR] [--size 1024] [--json FILE]
+    python benchmarks/residual.py [--minilm DIR] [--size 1024] [--texts 100] [--json FILE]
 
 W = NF4(W - U_k S V_kᵀ) + U_k S V_kᵀ with U_k, V_k held in bf16, int8 or NF4, against NF4 alone. Weights:
 a synthetic one with a spectrum like a language model's and, with ``--minilm`` (the directory of a BERT
@@ -55,9 +55,9 @@ def errors(weight: Tensor) -> dict[str, float]:
     return found
 
 
-def losses() -> dict[str, float]:
-    """The shipped model's loss by the way its linears are held, M = 0."""
-    text = text_batches(100, 0)
+def losses(texts: int) -> dict[str, float]:
+    """The shipped model's loss on so many texts by the way its linears are held, M = 0."""
+    text = text_batches(texts, 0)
 
     def model() -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(finetune.BASE_MODEL, dtype=torch.bfloat16).eval()
@@ -97,13 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024, help="rows and columns of the synthetic weight")
     parser.add_argument("--minilm", type=Path, help="directory with a BERT checkpoint's model.safetensors")
+    parser.add_argument("--texts", type=int, default=100, help="texts of 128 tokens that the loss is on")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     tables = {"synthetic": errors(language_model_like(options.size, torch.Generator().manual_seed(0)).float())}
     if options.minilm:
         each = [errors(W.float()) for W in minilm_weights(options.minilm)]
         tables["MiniLM"] = {name: sum(found[name] for found in each) / len(each) for name in each[0]}
-    after = losses()
+    after = losses(options.texts)
     Console(width=110).print(show(tables, after))
     if options.json:
         about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}

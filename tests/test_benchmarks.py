@@ -51,7 +51,7 @@ def test_factor_bits(tmp_path, bert):
 
 @pytest.mark.slow
 def test_residual(tmp_path, bert):
-    _, figures = run("residual.py", tmp_path, "--size", "64", "--minilm", str(bert))
+    _, figures = run("residual.py", tmp_path, "--size", "64", "--texts", "8", "--minilm", str(bert))
     for rows in figures["errors"].values():
         assert rows["1 of the rank, int8"] < rows["0.25 of the rank, int8"] < rows["NF4 alone"]
     assert figures["losses"].keys() == {"bf16", *figures["errors"]["MiniLM"]}
