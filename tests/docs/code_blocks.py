@@ -1,8 +1,9 @@
 """The code blocks of a page, and how a reader would run them: in order, in one directory.
 
 Python blocks share one namespace. Shell blocks are run by bash, with ``qsvft`` and ``python`` of this environment on
-the PATH. Big models are replaced by the shipped one (:data:`STAND_INS`), and commands that would take minutes, or the
-network, are checked in another way (:data:`CHECKED_OTHERWISE`); everything else runs as it is written.
+the PATH, or in this process where they are commands of ``qsvft`` alone. Big models are replaced by the shipped one
+(:data:`STAND_INS`), and commands that would take minutes, or the network, are checked in another way
+(:data:`CHECKED_OTHERWISE`); everything else runs as it is written.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import typer
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from markdown_it import MarkdownIt
+from typer.testing import CliRunner
 
 from qsvft.cli.main import app
 from qsvft.options.recipe import load_yaml, read_recipe
@@ -98,8 +100,13 @@ class Reader:
         exec(compile(code, str(block.page), "exec"), self.names)
 
     def shell(self, block: Block) -> None:
-        """By bash, in one go; commands that are checked in another way are, and left out."""
+        """In one go; commands that are checked in another way are, and left out."""
         kept = [command for command in commands(with_stand_ins(block.text)) if not checked_otherwise(command)]
+        if all(command.startswith("qsvft ") for command in kept):
+            for command in kept:
+                done = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
+                assert done.exit_code == 0, f"{block}: exit status {done.exit_code}\n{done.output[-3000:]}"
+            return
         scripts = sysconfig.get_path("scripts")
         environment = {
             **os.environ,

@@ -65,8 +65,9 @@ def test_a_block_without_a_language_or_indented_is_seen(tmp_path):
 
 
 def test_a_block_that_fails_is_noticed(reader):
-    failing = {"python": ("assert False", AssertionError), "sh": ("false", AssertionError), "json": ("{", ValueError)}
-    for language, (text, error) in failing.items():
+    failing = [("python", "assert False", AssertionError), ("json", "{", ValueError)]
+    failing += [("sh", text, AssertionError) for text in ("false", "qsvft info nowhere")]
+    for language, text, error in failing:
         with pytest.raises(error):
             reader.run(Block(ROOT / "README.md", language, text, 1))
 
