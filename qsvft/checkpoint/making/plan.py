@@ -11,10 +11,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -213,7 +213,13 @@ def _weight_bytes(layer: LinearLayer, bits: int, dense: int) -> int:
 def _factor_bytes(stored: StoredForm, shape: tuple[int, int], bits: int) -> int:
     sides: Sides = "both" if stored.form.kind == "both" else "one"
     sizes = [size for size, needed in zip(shape, needed_sides(sides, shape), strict=True) if needed]
-    return sum(StoredMatrix.hold(_nothing(stored.rank, size), bits).nbytes for size in sizes) + 4 * (stored.rank + 1)
+    return sum(_held_bytes(stored.rank, size, bits) for size in sizes) + 4 * (stored.rank + 1)
+
+
+@cache
+def _held_bytes(rank: int, size: int, bits: int) -> int:
+    """Of one factor; the layers of a model have few shapes."""
+    return StoredMatrix.hold(torch.empty(rank, size, dtype=torch.float32, device="meta"), bits).nbytes
 
 
 def _needed(stored: StoredForm, layer: LinearLayer) -> int:
@@ -231,10 +237,6 @@ def _needed(stored: StoredForm, layer: LinearLayer) -> int:
     if layer.held == "residual":
         numbers += 4 * small * large
     return stored.form.method.dtype.itemsize * numbers
-
-
-def _nothing(rows: int, columns: int) -> Tensor:
-    return torch.empty(rows, columns, dtype=torch.float32, device="meta")
 
 
 def _read_cost(elements: int) -> float:
