@@ -18,7 +18,9 @@ export NO_MKDOCS_2_WARNING := 1
 demo: $(VENV)/installed
 	$(BIN)/python examples/finetune.py
 
-test: lint types unit elsewhere memory docs
+# What follows the tests goes side by side: no part of it keeps two cores busy all the time.
+test: lint types unit
+	$(MAKE) -j 2 elsewhere memory docs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ def test_the_wheel_says_what_the_project_declares(built):
     asked = [Requirement(text) for text in said.get_all("Requires-Dist")]
     assert {"torch", "peft", "bitsandbytes", "transformers"} <= {one.name for one in asked if one.marker is None}
     assert [one for one in asked if f'"{one.name}{one.specifier}"' not in declared and one.name != "mkdocs"] == []
-    assert set(said.get_all("Provides-Extra")) == {"test", "dev", "docs"}
+    assert set(said.get_all("Provides-Extra")) == {"test", "dev", "docs", "paper"}
 
 
 def test_the_command_of_the_wheel_is_the_command_line(built):
