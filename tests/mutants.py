@@ -2462,7 +2462,7 @@ MUTANTS = (
         "loading.py",
         "_check_json(Path(path_or_id))",
         "pass",
-        ("fuzz/test_damaged_files.py",),
+        ("test_loading.py::test_a_checkpoints_json_that_was_cut_off_is_named_with_the_place_where_it_ends",),
     ),
     Mutant(
         "a million layers are built",

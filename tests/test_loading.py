@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -478,3 +479,12 @@ def test_an_adapter_trained_on_one_preparation_runs_on_the_others(wide, tmp_path
         found = logits(PeftModel.from_pretrained(base, tmp_path / "adapter")).float()
         difference = torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(change)
         assert float(difference) < 1e-3, how
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_a_checkpoints_json_that_was_cut_off_is_named_with_the_place_where_it_ends(llama, tmp_path, name):
+    folder = tmp_path / "cut"
+    shutil.copytree(llama, folder)
+    (folder / name).write_text('{"a": 1, "b": ')
+    with pytest.raises(ValueError, match=rf"{re.escape(str(folder / name))}.*line 1 column 15"):
+        qsvft.from_pretrained(folder, rank=4, cache_dir=tmp_path / "cache")
