@@ -18,9 +18,7 @@ export NO_MKDOCS_2_WARNING := 1
 demo: $(VENV)/installed
 	$(BIN)/python examples/finetune.py
 
-# What follows the tests goes side by side: no part of it keeps two cores busy all the time.
-test: lint types unit
-	$(MAKE) -j 2 elsewhere memory docs
+test: lint types unit elsewhere memory docs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

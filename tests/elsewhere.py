@@ -83,10 +83,11 @@ def marked() -> list[str]:
     return [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.anywhere" in path.read_text()]
 
 
-def run(setting: Setting, arguments: list[str]) -> tuple[int, str]:
+def run(setting: Setting, workers: int, arguments: list[str]) -> tuple[int, str]:
     """pytest's exit code and the end of what it says."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--basetemp={folder}/tests"]
+        apart = [f"-n{workers}", "-p", "no:cacheprovider", f"--basetemp={folder}/tests"]
+        command = [sys.executable, "-m", "pytest", "-q", *apart]
         done = subprocess.run(
             [*command, "-m", "anywhere and not slow", *marked(), *arguments],
             cwd=ROOT,
@@ -113,7 +114,8 @@ def main(given: list[str] | None = None) -> int:
             console.print(f"left out, not on this processor: {setting}")
     table, failed = Table("offset", "threads", "torch", "oneDNN", "result"), 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {pool.submit(run, setting, arguments): setting for setting in settings}
+        workers = max(1, (os.cpu_count() or 1) // max(1, len(settings)))
+        futures = {pool.submit(run, setting, workers, arguments): setting for setting in settings}
         for future in as_completed(futures):
             setting, (code, said) = futures[future], future.result()
             result = said.strip().splitlines()[-1] if said.strip() else f"exit code {code}"
