@@ -12,7 +12,7 @@ import pytest
 def ran(monkeypatch):
     """The settings that would be run; all of them pass."""
     settings = []
-    monkeypatch.setattr(elsewhere, "run", lambda setting, arguments: settings.append(setting) or (0, "passed"))
+    monkeypatch.setattr(elsewhere, "run", lambda setting, workers, arguments: settings.append(setting) or (0, "passed"))
     monkeypatch.setattr(elsewhere, "_capability", lambda: "avx512")
     return settings
 
@@ -58,7 +58,7 @@ def test_what_the_processor_has_not_is_named_and_left_out(ran, monkeypatch, caps
 
 
 def test_one_failure_fails_all_and_is_shown(ran, monkeypatch, capsys):
-    def failing(setting, arguments):
+    def failing(setting, workers, arguments):
         return (1, "1 failed") if setting == elsewhere.SHORT[0] else (0, "passed")
 
     monkeypatch.setattr(elsewhere, "run", failing)
