@@ -72,6 +72,18 @@ def test_a_cell_of_the_speed_table_was_measured(method, model, cell):
     assert cell == (f"1 ({one['median_ms'] / 1000:.1f} s)" if one is found[SPEED["rows"][0]["unit"]] else ratio)
 
 
+def test_the_steps_that_were_measured_again_have_their_cells():
+    path = ROOT / "benchmarks" / "results" / "speed" / "cpu-again" / "speed.json"
+    measured = json.loads(path.read_text())["rows"]
+    said = table_with("docs/speed.md", "again", "Llama-3-8B's shapes", "SmolLM2-135M")
+    assert {row["again"].strip("`") for row in said} == set(measured[0]["methods"])
+    for row in said:
+        for heading, found in zip(("Llama-3-8B's shapes", "SmolLM2-135M"), measured, strict=True):
+            one = found["methods"][row["again"].strip("`")]
+            ratio = f"{one['ratio']:.2f} ({one['ratio_p20']:.2f} to {one['ratio_p80']:.2f})"
+            assert row[heading] in (ratio, f"1 ({one['median_ms'] / 1000:.1f} s)")
+
+
 def test_every_measured_step_has_a_cell():
     assert len(SPEED_CELLS) == sum(len(row["methods"]) for row in SPEED["rows"])
 
