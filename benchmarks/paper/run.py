@@ -21,6 +21,7 @@ from qsvft.training.checkpoints import last_whole
 from qsvft.training.progress import shown
 from qsvft.training.train import in_one_line, kept_of
 
+from ..gpu.results import commit, machine, versions
 from .experiment import OURS, WHOLE, Experiment, Method
 from .images import Images
 from .language import Language
@@ -174,6 +175,9 @@ class OneRun:
             "last_loss": losses[-1] if losses else None,
             "seconds": round(time.monotonic() - began, 1),
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
+            "versions": versions(),
+            "commit": commit(),
         }
         write_whole(self.folder / TRAINED, _json(found))
         return trainer.model

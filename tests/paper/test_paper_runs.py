@@ -37,6 +37,7 @@ def test_an_experiment_trains_asks_and_has_its_row(name, method, told, tmp_path,
     experiment = read_experiment(name)
     assert row["method"] == method and row["steps"] == 2 and row["trained"] + row["head"] > 0
     assert set(row["scores"]) == set(experiment.asked)
+    assert row["machine"] and row["commit"] and row["versions"].keys() > {"torch", "peft", "qsvft"}
     for figures in row["scores"].values():
         assert all(-100 <= value <= 100 for value in figures.values())
     said = capsys.readouterr().out
