@@ -2840,8 +2840,8 @@ MUTANTS = (
     Mutant(
         "a fresh head is quantised with its base",
         "benchmarks/paper/ways.py",
-        "list(HEADS), progress=False)\n    with known_notices():\n        return peft",
-        "progress=False)\n    with known_notices():\n        return peft",
+        "list(HEADS), progress=False)",
+        "progress=False)",
         ("paper/test_paper_interrupted.py::test_what_was_saved_answers_as_what_was_trained",),
     ),
     Mutant(
@@ -2860,7 +2860,7 @@ MUTANTS = (
     ),
     Mutant(
         "of each class more images are taken than asked for",
-        "benchmarks/paper/labelled.py",
+        "benchmarks/paper/rows.py",
         "if seen[label] <= most:",
         "if True:",
         ("paper/test_paper_runs.py::test_of_each_class_the_first_so_many_rows_are_taken",),

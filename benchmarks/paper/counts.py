@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -20,17 +20,16 @@ from peft.tuners.boft import layer as boft
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PretrainedConfig,
 )
 
-from qsvft.memory.presets import model_config
 from qsvft.storage.shapes_only import shapes_only
 
 from .experiment import OURS, WHOLE, Experiment, Method, read_experiment
+from .shapes import config_of_shapes
 from .ways import config_of, is_head, known_notices, trains_whole
 
 _KINDS: dict[str, tuple[Any, str | None]] = {
@@ -74,20 +73,14 @@ def shape(experiment: Experiment) -> PretrainedConfig:
         raise ValueError(
             f"{experiment.name}: shapes: found none; expected a preset of qsvft profile, or a table with model_type"
         )
-    return _config(experiment.shapes)
-
-
-def _config(shapes: str | Mapping[str, Any]) -> PretrainedConfig:
-    if isinstance(shapes, str):
-        return model_config(shapes)
-    return AutoConfig.for_model(**shapes)
+    return config_of_shapes(experiment.shapes)
 
 
 @cache
 def _of_layers(kind: str, shapes: str, method: str, layers: int) -> int:
     """Of a model of so many layers; many experiments ask the same, so that it is said in texts, and kept."""
     auto, task_type = _KINDS[kind]
-    config = _config(json.loads(shapes))
+    config = config_of_shapes(json.loads(shapes))
     config.num_hidden_layers = layers
     way, options = json.loads(method)
     with torch.device("meta"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,8 @@ from datasets import ClassLabel, Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from qsvft.training.data import load_split
-
 from .experiment import Data, Experiment
+from .rows import read_rows
 from .scores.glue import accuracy, check_installed
 from .scores.glue import figures as glue_figures
 from .ways import Batches, is_head
@@ -29,7 +29,7 @@ REGRESSION = "stsb"
 """The score whose labels are numbers and no classes."""
 
 
-class Labelled:
+class Labelled(ABC):
     """What sentences and images share.
 
     Args:
@@ -50,7 +50,7 @@ class Labelled:
 
     @cached_property
     def _train(self) -> Dataset:
-        return chosen_rows(self.experiment.train, "train")
+        return read_rows(self.experiment.train, "train", column_of(self.experiment.train, "label"))
 
     @cached_property
     def classes(self) -> list[Any]:
@@ -68,17 +68,21 @@ class Labelled:
     def asked(self) -> dict[str, Dataset]:
         """What is asked, by name."""
         return {
-            name: self.read(chosen_rows(data, f"asked: {name}"), self._with_columns(data))
-            for name, data in self.experiment.asked.items()
+            name: self.read(self._rows_of(name), self._with_columns(self.experiment.asked[name]))
+            for name in self.experiment.asked
         }
+
+    def _rows_of(self, name: str) -> Dataset:
+        data = self.experiment.asked[name]
+        return read_rows(data, f"asked: {name}", column_of(self._with_columns(data), "label"))
 
     def _with_columns(self, data: Data) -> Data:
         """The columns of the rows trained on, where none are named."""
         return data if data.columns else self.experiment.train
 
+    @abstractmethod
     def read(self, rows: Dataset, data: Data) -> Dataset:
         """Rows as the model takes them, with ``labels``."""
-        raise NotImplementedError
 
     def label(self, value: Any) -> Any:
         """A label as the model takes it.
@@ -115,9 +119,9 @@ class Labelled:
         rows = [self.rows[number] for number in range(min(size * count, len(self.rows)))]
         return [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
+    @abstractmethod
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows as a batch."""
-        raise NotImplementedError
 
     def arguments(self, given: Mapping[str, Any], folder: Path) -> Any:
         """The trainer's arguments.
@@ -187,31 +191,3 @@ def column_of(data: Data, what: str) -> Any:
     if not found:
         raise ValueError(f"columns: found no {what}; expected the name of a column for it")
     return found
-
-
-def chosen_rows(data: Data, where: str) -> Dataset:
-    """The rows of a data set, those that were asked for."""
-    try:
-        rows = load_split(data.dataset, data.config, data.split)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    if data.seed is not None:
-        rows = rows.shuffle(seed=data.seed)
-    if data.per_class is not None:
-        rows = rows.select(_of_each(rows[column_of(data, "label")], data.per_class))
-    if data.first is not None:
-        rows = rows.select(range(min(data.first, len(rows))))
-    if len(rows) == 0:
-        raise ValueError(f"{where}: dataset {data.dataset!r}: found no rows; expected at least one")
-    return rows
-
-
-def _of_each(labels: Sequence[Any], most: int) -> list[int]:
-    """The numbers of the first rows of each class."""
-    seen: dict[Any, int] = {}
-    chosen = []
-    for number, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] <= most:
-            chosen.append(number)
-    return chosen

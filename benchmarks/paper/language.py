@@ -17,12 +17,13 @@ from trl import SFTTrainer
 from qsvft.memory.shapes import model_without_values
 from qsvft.options.recipe import Recipe, read_recipe
 from qsvft.training.arguments import MAX_LENGTH, trainer_config
-from qsvft.training.data import in_form, load_split
+from qsvft.training.data import in_form
 from qsvft.training.plan import base_tokenizer
 from qsvft.training.tokens import IGNORED, batches, encoded
 
 from .answers import Answers
 from .experiment import Asked, Data, Experiment
+from .rows import read_rows
 from .scores import SCORES
 from .scores.choices import CHOICES, likeliest
 from .ways import Batches
@@ -181,14 +182,7 @@ def _device(model: nn.Module) -> torch.device:
 
 def chosen_rows(data: Data, where: str) -> Dataset:
     """Rows with prompt and completion; those that have both already need no template."""
-    try:
-        rows = load_split(data.dataset, data.config, data.split)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    if data.seed is not None:
-        rows = rows.shuffle(seed=data.seed)
-    if data.first is not None:
-        rows = rows.select(range(min(data.first, len(rows))))
+    rows = read_rows(data, where)
     made = {"prompt", "completion"} <= set(rows.column_names)
     templates = None if made else data.templates
     if data.first_line_of is not None and not made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -39,10 +40,11 @@ def shape_of(experiment: Experiment) -> PretrainedConfig:
         with part_of(experiment.model, "config"):
             return AutoConfig.from_pretrained(experiment.model)
     except ValueError:
-        shapes = experiment.shapes
-        if isinstance(shapes, str):
-            return model_config(shapes)
-        if isinstance(shapes, Mapping):
-            fields = dict(shapes)
-            return AutoConfig.for_model(fields.pop("model_type"), **fields)
-        raise
+        if experiment.shapes is None:
+            raise
+        return config_of_shapes(experiment.shapes)
+
+
+def config_of_shapes(shapes: str | Mapping[str, Any]) -> PretrainedConfig:
+    """The config that a preset's name, or a table with model_type, stands for."""
+    return model_config(shapes) if isinstance(shapes, str) else AutoConfig.for_model(**shapes)

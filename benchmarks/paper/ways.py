@@ -60,13 +60,10 @@ def make(
         if task_type == "CAUSAL_LM":
             return qsvft.from_pretrained(name, method.bits, calibration=seen, dtype=method.dtype, **options)
         return qsvft.prepare(load(method.dtype), method.bits, calibration=seen, task_type=task_type, **options)
-    base = load(method.dtype)
     if method.way in WHOLE:
-        return trains_whole(base, method)
-    if method.bits != 16:
-        base = qsvft.quantize(base, method.bits, list(HEADS), progress=False)
+        return trains_whole(load(method.dtype), method)
     with known_notices():
-        return peft.get_peft_model(base, config_of(method, task_type))
+        return peft.get_peft_model(_held(method, load), config_of(method, task_type))
 
 
 def trains_whole(base: nn.Module, method: Method) -> nn.Module:
@@ -82,11 +79,14 @@ def trained_again(method: Method, folder: Path, load: Load) -> nn.Module:
         return load(None)
     if method.way == OURS:
         return qsvft.load(folder)
-    base = load(method.dtype)
-    if method.bits != 16:
-        base = qsvft.quantize(base, method.bits, list(HEADS), progress=False)
     with known_notices():
-        return PeftModel.from_pretrained(base, str(folder))
+        return PeftModel.from_pretrained(_held(method, load), str(folder))
+
+
+def _held(method: Method, load: Load) -> nn.Module:
+    """The base as a method holds it; a fresh head stays as it is."""
+    base = load(method.dtype)
+    return base if method.bits == 16 else qsvft.quantize(base, method.bits, list(HEADS), progress=False)
 
 
 @contextmanager
@@ -95,11 +95,6 @@ def known_notices() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="peft.tuners.boft")
         yield
-
-
-def trained(model: nn.Module) -> int:
-    """How many numbers train."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def is_head(name: str) -> bool:
