@@ -24,6 +24,8 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .outcomes import Outcomes
+
 GRANULARITY = 512
 
 CATEGORIES = (
@@ -91,6 +93,7 @@ class Ledger(TorchDispatchMode):
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self._modules: list[str] = []
         self._open: list[Allocation] = []
+        self._outcomes = Outcomes()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -101,7 +104,7 @@ class Ledger(TorchDispatchMode):
                 return expansion(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True  # whether positions follow one another and a mask has no padding: of such a batch they do
-        out = func(*args, **(kwargs or {}))
+        out = self._outcomes.of(func, args, kwargs or {})
         self._enter_all(out)
         return out
 

@@ -156,6 +156,8 @@ class StoredMatrix(nn.Module):
         """
         if bits not in STORED_BITS:
             raise ValueError(f"bits of a stored matrix: expected 16 (bf16), 8 (int8) or 4 (NF4), got {bits!r}")
+        if matrix.is_meta:
+            return cls(bits, matrix.shape[1], _empty(matrix.shape[0], matrix.shape[1], bits))
         chunks = [_MAKERS[bits](chunk) for chunk in matrix.detach().split(_ROWS_AT_ONCE)]
         if len(chunks) == 1:
             return cls(bits, matrix.shape[1], chunks[0])
@@ -255,15 +257,27 @@ def _make_int8(matrix: Tensor) -> dict[str, Tensor]:
 
 def _make_nf4(matrix: Tensor) -> dict[str, Tensor]:
     blocks = _blocks(matrix, BLOCKS[4])
-    rows = matrix.shape[0]
     absmax = blocks.abs().amax(-1)
     scales = _rounded_up(absmax.amax(-1, keepdim=True))
     maxima = _fractions(absmax, scales.to(torch.float32), 255).to(torch.uint8)
-    if matrix.is_meta:
-        codes = torch.empty(rows, blocks[0].numel() // 2, dtype=torch.uint8, device="meta")
-    else:
-        codes = nf4_codes(blocks.reshape(-1), BLOCKS[4])[0].view(rows, -1)
+    codes = nf4_codes(blocks.reshape(-1), BLOCKS[4])[0].view(matrix.shape[0], -1)
     return {"codes": codes, "maxima": maxima, "scales": scales}
+
+
+def _empty(rows: int, columns: int, bits: int) -> dict[str, Tensor]:
+    """The parts' shapes alone."""
+    block = BLOCKS[bits]
+    blocks = -(-columns // block)
+    shapes = {
+        16: {"values": (columns, STORED_DTYPE)},
+        8: {"codes": (blocks * block, torch.int8), "scales": (blocks, STORED_DTYPE)},
+        4: {
+            "codes": (blocks * block // 2, torch.uint8),
+            "maxima": (blocks, torch.uint8),
+            "scales": (1, STORED_DTYPE),
+        },
+    }
+    return {name: torch.empty(rows, each, dtype=kind, device="meta") for name, (each, kind) in shapes[bits].items()}
 
 
 _MAKERS: dict[int, Callable[[Tensor], dict[str, Tensor]]] = {16: _make_bf16, 8: _make_int8, 4: _make_nf4}
