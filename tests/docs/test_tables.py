@@ -50,6 +50,10 @@ def test_a_row_of_the_memory_tables_is_what_the_ledger_counts(method, model, gib
     assert f"{counted_peak(model, method) / GIB:.2f}" == f"{gib:.2f}"
 
 
+def test_the_gate_holds_as_many_steps_as_the_page_says():
+    assert f"any of {len(BUDGETS)} steps grows by a byte" in (ROOT / "docs" / "memory.md").read_text()
+
+
 def test_both_memory_tables_are_read():
     assert len(MEMORY_ROWS) == 2 * (6 + 17)
 
