@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from streaming import GIB, Memory, make_checkpoint, resident
+from streaming import GIB, Memory, in_a_process, make_checkpoint, resident
 
 FORMATS = ("lora", "dense")
 
@@ -58,13 +57,6 @@ def export(adapter: str, target: str, base: str, form: str) -> dict[str, float]:
     }
 
 
-def in_a_process(*arguments: str) -> str:
-    """Run this script's other side; its last line."""
-    command = [sys.executable, "-W", "ignore", __file__, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.splitlines()[-1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -87,7 +79,7 @@ def main() -> None:
         for form in FORMATS:
             target = parsed.folder / f"{form}-{layers}"
             shutil.rmtree(target, ignore_errors=True)
-            row = json.loads(in_a_process("export", str(adapter), str(target), str(base), form))
+            row = in_a_process(__file__, "export", str(adapter), str(target), str(base), form)
             rows.append({"format": form, "layers": layers, **row})
             shutil.rmtree(target)
     show(rows, parsed.width)
@@ -117,6 +109,6 @@ def show(rows: list[dict[str, float]], width: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["export"]:
-        print(json.dumps(export(*sys.argv[2:6])))
+        print(json.dumps(export(*sys.argv[2:])))
     else:
         main()

@@ -62,13 +62,14 @@ def losses(texts: int) -> dict[str, float]:
     def model() -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(finetune.BASE_MODEL, dtype=torch.bfloat16).eval()
 
+    full = layer_ranks(model())
     found = {
         "bf16": logits_and_loss(model(), text)[1],
         "NF4 alone": logits_and_loss(qsvft.quantize(model(), 4, progress=False), text)[1],
     }
     for share in track(SHARES, description="losses", console=Console(stderr=True)):
         for bits, name in BITS.items():
-            ranks = {part: round(share * size) for part, size in layer_ranks(model()).items()}
+            ranks = {part: round(share * size) for part, size in full.items()}
             options = {"sides": "both", "residual": True, "factor_bits": bits, "rank_pattern": ranks}
             prepared = qsvft.prepare(model(), bits=4, progress=False, pattern="plain", **options).eval()
             found[f"{share:g} of the rank, {name}"] = logits_and_loss(prepared, text)[1]

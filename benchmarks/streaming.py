@@ -81,6 +81,7 @@ class Memory:
 
     def __enter__(self) -> Memory:
         self.anonymous = self.mapped = 0
+        self._look()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -92,9 +93,12 @@ class Memory:
 
     def _sample(self) -> None:
         while not self._over.wait(0.03):
-            held = resident()
-            self.anonymous = max(self.anonymous, held["RssAnon"])
-            self.mapped = max(self.mapped, held["RssFile"])
+            self._look()
+
+    def _look(self) -> None:
+        held = resident()
+        self.anonymous = max(self.anonymous, held["RssAnon"])
+        self.mapped = max(self.mapped, held["RssFile"])
 
 
 def resident() -> dict[str, int]:
@@ -111,15 +115,15 @@ def resident() -> dict[str, int]:
     return total
 
 
-def prepare(source: str, target: str, options: dict, workers: int) -> dict[str, float]:
+def prepare(source: str, target: str, options: str, workers: str) -> dict[str, float]:
     from qsvft.checkpoint.making.job import open_job
     from qsvft.checkpoint.making.streaming import chosen_device, run_job
 
     before = resident()["RssAnon"]
     start = time.perf_counter()
     with Memory() as memory:
-        job = open_job(source, 4, None, options)
-        run_job(job, job.target(target), workers, chosen_device(None), progress=True)
+        job = open_job(source, 4, None, json.loads(options))
+        run_job(job, job.target(target), int(workers), chosen_device(None), progress=True)
     return {
         "seconds": time.perf_counter() - start,
         "before": before,
@@ -140,9 +144,9 @@ def load(target: str) -> dict[str, float]:
     return {"seconds": seconds, "anonymous": memory.anonymous, "held": sum(qsvft.held_bytes(model).values())}
 
 
-def in_a_process(*arguments: str) -> dict[str, float]:
-    """Run this script's other side; its last line is JSON."""
-    command = [sys.executable, "-W", "ignore", __file__, *arguments]
+def in_a_process(script: str, *arguments: str) -> dict[str, float]:
+    """Run a script's other side; its last line is JSON."""
+    command = [sys.executable, "-W", "ignore", script, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -165,9 +169,10 @@ def main() -> None:
         for path in (source, target):
             shutil.rmtree(path, ignore_errors=True)
         source_bytes = make_checkpoint(source, layers, parsed.width)
-        prepared = in_a_process("prepare", str(source), str(target), json.dumps(options), str(parsed.workers))
+        words = str(source), str(target), json.dumps(options), str(parsed.workers)
+        prepared = in_a_process(__file__, "prepare", *words)
         written = sum(path.stat().st_size for path in target.iterdir())
-        loaded = in_a_process("load", str(target))
+        loaded = in_a_process(__file__, "load", str(target))
         rows.append({"layers": layers, "source": source_bytes, "written": written, **prepared, "loaded": loaded})
     table = Table(title=f"width {parsed.width}, {torch.get_num_threads()} threads, {parsed.workers} workers, {options}")
     for heading in (
@@ -204,11 +209,11 @@ def main() -> None:
         parsed.json.write_text(json.dumps({"rows": rows, "options": options, "width": parsed.width}, indent=2))
 
 
+OTHER_SIDE = {"prepare": prepare, "load": load}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["prepare"]:
-        print(json.dumps(prepare(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), int(sys.argv[5]))))
-    elif sys.argv[1:2] == ["load"]:
+    if sys.argv[1:2] and sys.argv[1] in OTHER_SIDE:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        print(json.dumps(load(sys.argv[2])))
+        print(json.dumps(OTHER_SIDE[sys.argv[1]](*sys.argv[2:])))
     else:
         main()

@@ -44,7 +44,7 @@ import qsvft
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE_MODEL = Path(__file__).resolve().parent / "base-model"
-TRAINED_ON, HELD_OUT = 4000, 200  # how many examples of the built-in task
+TRAINED_ON, HELD_OUT = 3200, 200  # how many examples of the built-in task
 CALIBRATED_ON = 4  # batches
 # By how much a step changes a weight, in units of the weight. The built-in task is all new to the small model; what a
 # large one is fine-tuned on is not, and takes what qsvft suggests.

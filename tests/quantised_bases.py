@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,9 +97,16 @@ def _int4_for_cpus(_: Any) -> Any:
     return _wanted("torchao.prototype.quantization.int4").PrototypeInt4WeightOnlyConfig(group_size=32)
 
 
+def _unpack(codes: Tensor, bits: int) -> Tensor:
+    """What quanto packed: the lowest bits of each byte come first."""
+    return torch.cat([(codes >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)])
+
+
 def _quanto(weights: str, activations: str | None = None) -> Make:
     def make(folder: Path) -> Any:
         quanto = import_module("optimum.quanto")
+        # For codes of less than a byte it would compile a function of C++, for 40 s.
+        import_module("optimum.quanto.library.extensions.cpp").ext._lib = SimpleNamespace(unpack=_unpack)
         model = load(folder)
         kinds = {"weights": getattr(quanto, weights), "activations": activations and getattr(quanto, activations)}
         quanto.quantize(model, **kinds, exclude="lm_head")

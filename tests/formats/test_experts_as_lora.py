@@ -28,17 +28,24 @@ NAMED = {"both": ["experts.gate_up_proj", "experts.down_proj"], "the first": ["e
 NAMED |= {"the last": ["experts.down_proj"], "one layer's": ["layers.1.mlp.experts.gate_up_proj"]}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def source(request, tmp_path_factory):
-    model, settings = FAMILIES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    made = getattr(transformers, model)(AutoConfig.for_model(request.param, **SMALL, **settings))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(std=0.1)
-    made.save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A folder of each family."""
+    folders = {}
+    for family, (model, settings) in FAMILIES.items():
+        folders[family] = tmp_path_factory.mktemp(family)
+        torch.manual_seed(0)
+        made = getattr(transformers, model)(AutoConfig.for_model(family, **SMALL, **settings))
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.normal_(std=0.1)
+        made.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture(params=FAMILIES)
+def source(request, sources):
+    return sources[request.param]
 
 
 def loads_as_lora(source):
@@ -91,25 +98,29 @@ def test_of_a_base_in_4_bits_it_is_for_the_base_before(source, tmp_path, monkeyp
     assert all(4 * 8 in shape for shape in shapes)
 
 
-def test_it_loads_in_a_process_that_never_imports_qsvft(source, tmp_path):
-    loads_as_lora(source)
+def test_each_loads_in_a_process_that_never_imports_qsvft(sources, tmp_path):
     options = {"target_parameters": NAMED["both"], "rank": 8, "progress": False}
-    base = qsvft.prepare_checkpoint(source, tmp_path / "base", 16, **options)
-    model = randomize(qsvft.from_pretrained(base, progress=False))
-    model.save_pretrained(tmp_path / "adapter")
-    qsvft.export(tmp_path / "adapter", tmp_path / "lora", base=base, dtype="float32", progress=False)
-    torch.save({"ids": tokens(), "logits": logits(model)}, tmp_path / "expected.pt")
+    for family, source in sources.items():
+        loads_as_lora(source)
+        place = tmp_path / family
+        base = qsvft.prepare_checkpoint(source, place / "base", 16, **options)
+        model = randomize(qsvft.from_pretrained(base, progress=False))
+        model.save_pretrained(place / "adapter")
+        qsvft.export(place / "adapter", place / "lora", base=base, dtype="float32", progress=False)
+        torch.save({"ids": tokens(), "logits": logits(model)}, place / "expected.pt")
     code = (
         "import sys, torch\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n"
-        "expected = torch.load(sys.argv[2] + '/expected.pt')\n"
-        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
-        "model = PeftModel.from_pretrained(base, sys.argv[2] + '/lora').eval()\n"
-        "with torch.no_grad():\n"
-        "    found = model(input_ids=expected['ids']).logits\n"
+        "for source, place in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+        "    expected = torch.load(place + '/expected.pt')\n"
+        "    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)\n"
+        "    model = PeftModel.from_pretrained(base, place + '/lora').eval()\n"
+        "    with torch.no_grad():\n"
+        "        found = model(input_ids=expected['ids']).logits\n"
+        "    print(bool((found - expected['logits']).norm() < 1e-4 * expected['logits'].norm()))\n"
         "assert 'qsvft' not in sys.modules\n"
-        "print(bool((found - expected['logits']).norm() < 1e-4 * expected['logits'].norm()))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, source, tmp_path], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    folders = [folder for family, source in sources.items() for folder in (source, tmp_path / family)]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * len(FAMILIES)
