@@ -2444,6 +2444,20 @@ MUTANTS = (
         ("memory/test_attention.py",),
     ),
     Mutant(
+        "two processes train into one directory",
+        "training/train.py",
+        'alone.enter_context(only_process(folder / LOCK, "training", "output"))',
+        "pass",
+        ("training/test_train.py::test_of_two_processes_one_trains_into_a_directory",),
+    ),
+    Mutant(
+        "the lock of a killed process counts as a run of something else",
+        "training/begun.py",
+        "<= {LOCK}",
+        "<= set()",
+        ("training/test_train.py::test_of_two_processes_one_trains_into_a_directory",),
+    ),
+    Mutant(
         "equal numbers of other types give one outcome",
         "memory/outcomes.py",
         "(type(value), value) if isinstance(value, _NUMBERS) else None",

@@ -8,7 +8,7 @@
     python -m benchmarks.paper --counts                          trained numbers beside the paper's
 
 Whatever it is stopped by, the same command goes on: no step, no answer and no score is done twice.
-Exit status 0; 1: a run began and came to no end, the others are done; 2: it could not begin.
+Exit status 0; 1: a run came to no end, or another process has it in hand, the others are done; 2: it could not begin.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dataclasses import replace
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from qsvft.options.recipe import load_yaml
 from qsvft.storage.whole_files import write_whole
@@ -177,6 +179,9 @@ def _all_runs(experiment: Experiment, told: argparse.Namespace) -> int:
                 if error.interrupted:
                     raise SystemExit(130) from None
                 failed += 1
+            except ValueError as error:  # another process has it in hand: the next one is free
+                print(f"error: {run.method.name}: {error}", file=sys.stderr)
+                failed += 1
     if not told.dry_run:
         done = [run.row() for run in runs if run.done]
         if done:
@@ -187,12 +192,13 @@ def _all_runs(experiment: Experiment, told: argparse.Namespace) -> int:
 
 def _write(path: Path, done: Sequence[Mapping[str, Any]]) -> None:
     """Rows into a file of results, in the place of those of the same runs; those of others stay."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        before = []
-    rows = {(row["method"], row["seed"]): row for row in (*before, *done)}
-    write_whole(path, json.dumps(list(rows.values()), indent=1).encode() + b"\n")
+    with FileLock(path.with_name(f".{path.name}.lock")):  # processes that share the runs end at the same time
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            before = []
+        rows = {(row["method"], row["seed"]): row for row in (*before, *done)}
+        write_whole(path, json.dumps(list(rows.values()), indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

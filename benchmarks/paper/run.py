@@ -16,6 +16,7 @@ from transformers import ProgressCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 import qsvft
+from qsvft.storage.only_process import only_process
 from qsvft.storage.whole_files import write_whole
 from qsvft.training.checkpoints import last_whole
 from qsvft.training.progress import shown
@@ -30,6 +31,7 @@ from .ways import is_head, make, trained_again
 
 KINDS: Mapping[str, Any] = {"language": Language, "sentences": Sentences, "images": Images}
 SETTINGS, TRAINED, SCORES, CHECKPOINTS, MODEL = "settings.json", "trained.json", "scores.json", "checkpoints", "model"
+LOCK = ".lock"
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
@@ -117,11 +119,17 @@ class OneRun:
         """Do what is left.
 
         Raises:
+            ValueError: a run with other settings was begun there, or another process has this one in hand.
             qsvft.TrainingError: it began and came to no end, in one line.
         """
-        self.check()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / SETTINGS, _json(settings_of(self.experiment, self.method, self.seed)))
+        with only_process(self.folder / LOCK, "training", "--output"):
+            self.check()
+            write_whole(self.folder / SETTINGS, _json(settings_of(self.experiment, self.method, self.seed)))
+            self._go()
+        return self.row()
+
+    def _go(self) -> None:
         with in_one_line(self._kept):
             model = self._train() if self.trained is None else None
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
@@ -129,7 +137,6 @@ class OneRun:
                 if name not in self.scores:
                     model = self._again() if model is None else model
                     self._ask(model, name)
-        return self.row()
 
     def _kept(self) -> str:
         if self.trained is None:

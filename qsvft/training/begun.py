@@ -12,7 +12,7 @@ from ..storage.whole_files import write_whole
 from .checkpoints import STATE, last_whole
 from .data import place_of
 
-RECIPE = "recipe.yaml"
+RECIPE, LOCK = "recipe.yaml", ".qsvft-training.lock"
 
 
 def begun(folder: Path, recipe: Recipe) -> Path | None:
@@ -24,7 +24,7 @@ def begun(folder: Path, recipe: Recipe) -> Path | None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder}: found a file; expected a directory, or nothing")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {LOCK}:
         return None
     if not (folder / RECIPE).is_file():
         raise ValueError(f"output {folder}: found files of something else; expected an empty directory, or none")

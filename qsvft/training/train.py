@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from trl import DPOTrainer, SFTTrainer
 
 from ..loading import from_pretrained
 from ..options.recipe import Recipe, read_recipe
+from ..storage.only_process import only_process
 from ..storage.whole_files import check_folder_writable
 from ..tuner.card import write_card
 from ..tuner.config import QSVFTConfig
 from ..tuner.sharding import make_shardable
 from ..tuner.stop_at_nan import StopAtNaN
-from .begun import begin, begun, recipe_of
+from .begun import LOCK, begin, begun, recipe_of
 from .checkpoints import last_whole, steps_of
 from .forecast import Forecast, in_words
 from .losses import draw_losses
@@ -93,7 +94,8 @@ def train(
         A :class:`Trained`, or the :class:`Forecast` of a dry run.
 
     Raises:
-        ValueError: an option, the data, or a step that fits no card; ``output`` holds another run.
+        ValueError: an option, the data, or a step that fits no card; ``output`` holds another run, or another process
+            trains into it.
         TrainingError: the run began and came to no end, as with a NaN; the last whole checkpoint is kept.
     """
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
@@ -101,7 +103,7 @@ def train(
     folder, processes = Path(recipe.run.output), PartialState(cpu=not torch.cuda.is_available())
     main, resumed = processes.is_main_process, begun(folder, recipe)
     processes.wait_for_everyone()  # all have looked before one writes
-    with bars_of_datasets():
+    with bars_of_datasets(), ExitStack() as alone:
         plan = plan_of(recipe)
         if main:
             say(str(plan.forecast))
@@ -111,6 +113,7 @@ def train(
             return plan.forecast
         if main:
             check_folder_writable(folder)
+            alone.enter_context(only_process(folder / LOCK, "training", "output"))
             begin(folder, recipe)
         return _run(plan, folder, resumed, say if main else lambda _: None, main)
 

@@ -11,6 +11,8 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.experiment import merged, names, read_experiment
+from benchmarks.paper.run import LOCK
+from qsvft.storage.only_process import only_process
 
 NAME = "table-1-gemma-2b"
 MINIMAL = {
@@ -172,3 +174,16 @@ def test_without_the_libraries_that_judge_its_answers_nothing_is_trained(told, t
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     assert "pip install 'qsvft[paper]'" in refused(command, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_another_process_has_in_hand_is_left_to_it_and_the_next_one_is_made(told, tmp_path, capsys):
+    command = told(NAME, "SVFT plain", tmp_path, "max_steps=1")
+    command.insert(command.index("SVFT plain") + 1, "LoRA r=1")
+    theirs = tmp_path / "out" / NAME / read_experiment(NAME).methods["SVFT plain"].folder / "seed-0"
+    theirs.mkdir(parents=True)
+    with only_process(theirs / LOCK, "training", "--output"):
+        assert main(command) == 1
+    assert "SVFT plain: " in (said := capsys.readouterr().err) and "another process is training" in said
+    assert list(theirs.iterdir()) == []
+    rows = json.loads((theirs.parents[1] / "results.json").read_text())
+    assert [row["method"] for row in rows] == ["LoRA r=1"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import qsvft
 from qsvft.options.recipe import load_yaml
+from qsvft.storage.only_process import only_process
 from qsvft.training import train as module
+from qsvft.training.begun import LOCK
 from qsvft.training.checkpoints import last_whole
 from qsvft.training.evaluate import evaluate
 from qsvft.training.forecast import Forecast
@@ -179,6 +182,21 @@ def test_a_checkpoint_of_a_whole_model_is_whole_with_all_its_files(llama, tmp_pa
     assert last_whole(tmp_path) is None
     files[-1].unlink()
     assert last_whole(tmp_path) is None
+
+
+def test_of_two_processes_one_trains_into_a_directory(run, place):
+    other = recipe(place, "one at a time")
+    folder = Path(other["output"])
+    folder.mkdir()
+    with (
+        only_process(folder / LOCK, "training", "output"),
+        pytest.raises(ValueError, match="another process is training"),
+    ):
+        train(other)
+    assert list(folder.iterdir()) == []
+    (folder / LOCK).touch()  # as of a process that was killed before it wrote anything
+    train({**other, "max_steps": 1})
+    assert not (folder / LOCK).exists() and not (run[0].folder / LOCK).exists()
 
 
 def test_a_directory_that_holds_something_else_is_refused_and_left_as_it_is(run, place, tmp_path):

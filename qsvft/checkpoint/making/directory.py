@@ -16,15 +16,15 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from ...storage.only_process import only_process
 from ...storage.tensor_index import INDEX_NAME
 from ...storage.tensor_writer import write_tensors
 from ...storage.whole_files import check_folder_writable, whole_file
@@ -69,22 +69,11 @@ class Directory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from preparing into the same directory; the lock goes with its process."""
-        lock = FileLock(self.folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"{self.folder}: another process is preparing into this directory; expected none. Wait for it, or give "
-                "another target."
-            ) from None
-        try:
-            yield
-        finally:
-            shutil.rmtree(self.folder / WRITING, ignore_errors=True)
-            # While it is held: afterwards the file may be another process's lock.
-            with suppress(OSError):
-                (self.folder / LOCK).unlink()
-            lock.release()
+        with only_process(self.folder / LOCK, "preparing", "target"):
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.folder / WRITING, ignore_errors=True)
 
     def manifest(self) -> dict[str, Any] | None:
         """What is being prepared here, None if nothing is."""
