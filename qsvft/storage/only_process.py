@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def only_process(lock: Path, doing: str, other: str) -> Iterator[None]:
-    """Keep others out of a directory.
+    """Keep others out of a directory. Where its file system has no locks a warning says so, and they are not kept out.
 
     Args:
         lock: a file in it, which is there meanwhile.
@@ -21,7 +24,7 @@ def only_process(lock: Path, doing: str, other: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock.
     """
-    held = FileLock(lock)
+    held: BaseFileLock | None = FileLock(lock)
     try:
         held.acquire(timeout=0)
     except Timeout:
@@ -29,10 +32,14 @@ def only_process(lock: Path, doing: str, other: str) -> Iterator[None]:
             f"{lock.parent}: another process is {doing} into this directory; expected none. Wait for it, or give "
             f"another {other}."
         ) from None
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s: nothing keeps other processes out, as it cannot be locked (%s)", lock.parent, error)
+        held = None
     try:
         yield
     finally:
         # While it is held: afterwards the file may be another process's lock.
-        with suppress(OSError):
-            lock.unlink()
-        held.release()
+        if held is not None:
+            with suppress(OSError):
+                lock.unlink()
+            held.release()
