@@ -24,9 +24,9 @@ def only_process(lock: Path, doing: str, other: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock.
     """
-    held: BaseFileLock | None = FileLock(lock)
+    held: BaseFileLock | None = None
     try:
-        held.acquire(timeout=0)
+        held = FileLock(lock).acquire(timeout=0).lock
     except Timeout:
         raise ValueError(
             f"{lock.parent}: another process is {doing} into this directory; expected none. Wait for it, or give "
@@ -34,7 +34,6 @@ def only_process(lock: Path, doing: str, other: str) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:
         logger.warning("%s: nothing keeps other processes out, as it cannot be locked (%s)", lock.parent, error)
-        held = None
     try:
         yield
     finally:
