@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-
-ROOT = Path(__file__).parents[1]
-FOLDERS = [ROOT / name for name in ("benchmarks", "benchmarks/gpu", "examples")]
+from script_modules import BENCHMARKS, EXAMPLES, script_modules
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +28,6 @@ def bert(tmp_path_factory) -> Path:
 def run(monkeypatch, tmp_path, capsys):
     """Runs a script in this process, as a fresh one would find it; gives what it shows and its figures."""
 
-    def forget():
-        for path in (path for folder in FOLDERS for path in folder.glob("*.py")):
-            sys.modules.pop(path.stem, None)
-
     def run_it(script: str, *arguments: str) -> tuple[str, dict]:
         path, module = tmp_path / "figures.json", import_module(script)
         if hasattr(module, "in_a_process"):
@@ -42,10 +36,8 @@ def run(monkeypatch, tmp_path, capsys):
         module.main()
         return capsys.readouterr().out, json.loads(path.read_text())
 
-    forget()
-    monkeypatch.setattr(sys, "path", [str(FOLDERS[0]), *sys.path])
-    yield run_it
-    forget()
+    with script_modules(BENCHMARKS, EXAMPLES):
+        yield run_it
 
 
 def test_forms(run):
@@ -63,7 +55,6 @@ def test_factor_bits(run, bert):
 
 
 def test_residual(run, bert, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDERS[2])
     monkeypatch.setattr("pretrain.docstrings", lambda: [json.__doc__])  # all of the library's take ten seconds to read
     _, figures = run("residual", "--size", "64", "--texts", "8", "--minilm", str(bert))
     for rows in figures["errors"].values():

@@ -12,26 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from script_modules import BENCHMARKS, EXAMPLES, GPU, ROOT, script_modules
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "benchmarks" / "gpu"
-MODULES = (
-    *(
-        "beside",
-        "card",
-        "cases",
-        "clocked",
-        "decomposition",
-        "finetune",
-        "longest",
-        "marked",
-        "matrices",
-        "peaks",
-        "pieces",
-        "predictions",
-    ),
-    *("recorder", "results", "slim_wheel", "stages", "steps", "string_task", "suite", "summary", "tiny"),
-)
 SMALLEST = "qsvft:factor_bits=4,quantize_embeddings=8"
 STEPS = [("qlora", 32), (SMALLEST, 32), ("svft", 32), ("qlora", 16), ("floor:chunked_loss=true", 16)]
 STEPS += [("qlora without checkpointing", 16)]
@@ -40,20 +22,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def command(*arguments):
     environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    line = [str(FOLDER / "card.sh"), *map(str, arguments)]
+    line = [str(GPU / "card.sh"), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=3000, env=environment)
 
 
 @pytest.fixture
-def suite(monkeypatch):
+def suite():
     """The suite's modules by name, importable for one test."""
-    for folder in ("benchmarks", "examples", "benchmarks/gpu"):
-        monkeypatch.syspath_prepend(ROOT / folder)
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    yield __import__
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    with script_modules(GPU, EXAMPLES, BENCHMARKS) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +217,7 @@ def test_after_a_cuda_error_the_process_ends_behind_the_case(suite, tmp_path):
 def test_a_case_that_a_process_died_with_is_said_and_not_tried_again_in_the_run(suite, tmp_path):
     dying = f"""
 import sys
-sys.path[:0] = [{str(FOLDER)!r}]
+sys.path[:0] = [{str(GPU)!r}]
 import os
 from pathlib import Path
 from results import Rows, Run
@@ -438,7 +415,7 @@ def test_a_rehearsed_step_is_the_one_the_ledger_counts(suite):
 
 
 def test_predictions_of_other_processes_are_those_of_this_one(suite, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(FOLDER), str(ROOT))))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(GPU), str(ROOT))))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     predictions, shared = suite("predictions"), a_suite(suite, tmp_path)
     beside, card = predictions.Predictions(shared.rows, 1), 13 * 2**26  # 64 MiB more than what is set aside for CUDA

@@ -4,8 +4,6 @@ import functools
 import json
 import math
 import multiprocessing
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -13,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from script_modules import QUALITY, ROOT, script_modules
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,19 +20,13 @@ from transformers import (
     BertTokenizerFast,
 )
 
-ROOT = Path(__file__).parents[1]
-QUALITY = ROOT / "benchmarks" / "quality"
-MODULES = [path.stem for path in QUALITY.glob("*.py")]
 WORDS = ("good", "fine", "great", "bad", "dull", "poor", "film", "plot", "a", "the")
 
 
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    monkeypatch.syspath_prepend(QUALITY)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the modules add to it
-    yield
-    for name in (*MODULES, "results"):
-        sys.modules.pop(name, None)
+def _importable():
+    with script_modules(QUALITY):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from speed_modules import speed_modules
+from script_modules import SPEED, script_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other packages' own, which the command does not show either
 
 
 @pytest.fixture(scope="module")
 def speed():
-    with speed_modules() as module:
+    with script_modules(SPEED) as module:
         yield module
 
 

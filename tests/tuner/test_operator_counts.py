@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from speed_modules import speed_modules
+from script_modules import SPEED, script_modules
 
 TOKENS = 384  # no whole number of stretches of 256
 FORMS = (
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # bitsandbytes' about kernels
 
 @pytest.fixture(scope="module")
 def speed():
-    with speed_modules() as module:
+    with script_modules(SPEED) as module:
         yield module
 
 
